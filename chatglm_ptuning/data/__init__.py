@@ -1,0 +1,1 @@
+"""Text to batch: one pipeline for every model and every tuner."""
