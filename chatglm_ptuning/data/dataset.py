@@ -144,22 +144,14 @@ def encode_prompts(
         *messages, answer = ended.messages
         try:
             ids = template.encode_prompt(tokenizer, messages, ended.tools)
-            if len(ids) - template.prompt_targets > config.max_source_length:
-                fit = fit_prompt(
-                    template,
-                    tokenizer,
-                    messages,
-                    ended.tools,
-                    config.max_source_length,
-                    config.truncation,
-                )
-                if not account_for(fit, ended, config, report):
-                    continue
-                ids = without(
-                    template.encode_prompt(tokenizer, fit.messages, ended.tools), fit.removed
-                )
+            fit = fit_row(ended, ids, template, tokenizer, config, report)
+            if fit is None:
+                continue
+            if fit.dropped_tokens:
+                ids = template.encode_prompt(tokenizer, fit.messages, ended.tools)
         except UserError as error:
             raise UserError(f"{conversation.source}: {error}") from error
+        ids = without(ids, fit.removed)
         prompts.append(Prompt(ids, answer.content, conversation.source, messages[-1].content))
         report.used += 1
     require_rows(report)
@@ -183,24 +175,17 @@ def encode_example(
         return None
     try:
         example = template.encode_conversation(tokenizer, ended, config.loss_on)
-        if example.prompt_length > config.max_source_length:
-            *messages, answer = ended.messages
-            fit = fit_prompt(
-                template,
-                tokenizer,
-                messages,
-                ended.tools,
-                config.max_source_length,
-                config.truncation,
-            )
-            if not account_for(fit, ended, config, report):
-                return None
-            ended = Conversation((*fit.messages, answer), ended.tools, ended.source)
-            ids, labels, length = template.encode_conversation(tokenizer, ended, config.loss_on)
-            cut = [without(ids, fit.removed), without(labels, fit.removed)]
-            example = Example(cut[0], cut[1], length - len(ids) + len(cut[0]))
+        prompt = example.input_ids[: example.prompt_length + template.prompt_targets]
+        fit = fit_row(ended, prompt, template, tokenizer, config, report)
+        if fit is None:
+            return None
+        if fit.dropped_tokens:
+            ended = Conversation((*fit.messages, ended.messages[-1]), ended.tools, ended.source)
+            example = template.encode_conversation(tokenizer, ended, config.loss_on)
     except UserError as error:
         raise UserError(f"{conversation.source}: {error}") from error
+    if fit.removed is not None:
+        example = cut(example, fit.removed)
     surplus = len(example.input_ids) - example.prompt_length - config.max_target_length
     if surplus > 0:
         if config.truncation == "drop":
@@ -215,12 +200,7 @@ def encode_example(
             surplus,
         )
         end = len(example.input_ids) - 1  # the token that ends the answer stays
-        cut_out = slice(end - surplus, end)
-        example = Example(
-            without(example.input_ids, cut_out),
-            without(example.labels, cut_out),
-            example.prompt_length,
-        )
+        example = cut(example, slice(end - surplus, end))
     if all(label == IGNORED for label in example.labels):
         report.skip("nothing in it to learn", conversation.source)
         return None
@@ -247,14 +227,29 @@ def end_with_answer(conversation: Conversation, report: DataReport) -> Conversat
     return None
 
 
-def account_for(
-    fit: Fit, conversation: Conversation, config: DataConfig, report: DataReport
-) -> bool:
-    """Report what a prompt lost; False where it cannot be used."""
+def fit_row(
+    conversation: Conversation,
+    prompt: list[int],
+    template: Template,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    report: DataReport,
+) -> Fit | None:
+    """Fit the prompt of a conversation into its limit and report what it lost; None where the row is skipped."""
     limit = f"data.max_source_length={config.max_source_length}"
+    *messages, _ = conversation.messages
+    fit = fit_prompt(
+        template,
+        tokenizer,
+        messages,
+        conversation.tools,
+        prompt,
+        config.max_source_length,
+        config.truncation,
+    )
     if not fit.fits:
         report.skip(f"prompt over {limit}", conversation.source)
-        return False
+        return None
     if fit.dropped_tokens:
         report.change(
             f"oldest turns dropped to fit {limit}", conversation.source, fit.dropped_tokens
@@ -262,7 +257,17 @@ def account_for(
     if fit.removed is not None:
         tokens = fit.removed.stop - fit.removed.start
         report.change(f"prompt cut ({config.truncation}) to {limit}", conversation.source, tokens)
-    return True
+    return fit
+
+
+def cut(example: Example, removed: slice) -> Example:
+    """An example without a part that lies wholly in its prompt or wholly in its answer."""
+    tokens = removed.stop - removed.start
+    return Example(
+        without(example.input_ids, removed),
+        without(example.labels, removed),
+        example.prompt_length - (tokens if removed.start < example.prompt_length else 0),
+    )
 
 
 def require_rows(report: DataReport) -> None:

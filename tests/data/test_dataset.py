@@ -1,7 +1,7 @@
 import json
-from pathlib import Path
 
 import pytest
+from chat_tokenizers import TOKENIZERS
 
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.dataset import (
@@ -12,9 +12,8 @@ from chatglm_ptuning.data.dataset import (
 )
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.models.tokenization_chatglm import ChatGLMTokenizer
 
-TOKENIZER = ChatGLMTokenizer.from_pretrained(Path(__file__).parents[1] / "golden" / "tokenizer_v1")
+TOKENIZER = TOKENIZERS["chatglm"]
 TEMPLATE = TEMPLATES["chatglm"]
 GMASK, SOP, EOP = TOKENIZER.convert_tokens_to_ids(["[gMASK]", "<sop>", "<eop>"])
 LONG = "床前明月光，疑是地上霜。举头望明月，低头思故乡。"
