@@ -58,10 +58,12 @@ class Template(ABC):
 
     Attributes:
         name: Value of `model.template`.
+        control_tokens: Tokens that only its models have together.
         prompt_targets: The last so many tokens of a prompt are learned too.
     """
 
     name: str
+    control_tokens: tuple[str, ...]
     prompt_targets = 0
 
     @abstractmethod
@@ -164,6 +166,7 @@ class ChatGLMTemplate(Template):
     """
 
     name = "chatglm"
+    control_tokens = ("[gMASK]", "<sop>", "<eop>")
     prompt_targets = 1
 
     def encode_prompt(
@@ -225,6 +228,7 @@ class ChatGLM2Template(Template):
     """
 
     name = "chatglm2"
+    control_tokens = ("[gMASK]", "sop", "</s>")
 
     def encode_prompt(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Any = None
@@ -379,6 +383,7 @@ class ChatGLM3Template(RoleTemplate):
     """ChatGLM3-6B; tools stand as JSON in the system message, calls as `tool_call(...)` in a block of Python."""
 
     name = "chatglm3"
+    control_tokens = ("[gMASK]", "sop", "</s>", "<|user|>", "<|assistant|>")
     sop = "sop"
     end = "</s>"
     stops = ("</s>", "<|user|>", "<|observation|>")
@@ -395,6 +400,7 @@ class GLM4Template(RoleTemplate):
     """GLM-4-9B; a system message of its own offers the tools, calls are JSON."""
 
     name = "glm4"
+    control_tokens = ("[gMASK]", "<sop>", "<|endoftext|>", "<|user|>", "<|assistant|>")
     sop = "<sop>"
     end = "<|user|>"
     stops = ("<|endoftext|>", "<|user|>", "<|observation|>")
