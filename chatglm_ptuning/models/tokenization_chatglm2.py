@@ -112,7 +112,7 @@ class ChatGLM2Tokenizer(TableTokenizer):
             return self.sentencepiece.encode(text, out_type=str)
         parts = re.split("(" + "|".join(map(re.escape, ROLE_TOKENS)) + ")", text)
         tokens: list[str] = []
-        for part in filter(None, parts):
+        for part in parts:
             is_role = part in ROLE_TOKENS
             tokens += [part] if is_role else self.sentencepiece.encode(part, out_type=str)
         return tokens
