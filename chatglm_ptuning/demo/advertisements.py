@@ -4,6 +4,7 @@
 The form is this task's own: `pretraining` never writes a `#` and a `*` into one text, and never praises a whole list.
 """
 
+from itertools import islice
 from random import Random
 
 from chatglm_ptuning.demo.world import Kind, Product, choose, make_clause, make_product
@@ -50,14 +51,12 @@ def write_copy(rng: Random, product: Product) -> str:
 def make_advertisements(seed: int = 2023) -> dict[str, list[dict[str, str]]]:
     """The rows of every split, as `content` and `summary`; no attribute list comes twice in all of them."""
     rng = Random(seed)
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str, str] = {}
     while len(rows) < sum(SPLITS.values()):
         product = make_product(rng, fewest=3, most=5)
         rows.setdefault(write_prompt(product), write_copy(rng, product))
     pairs = iter(rows.items())
     return {
-        split: [
-            {"content": c, "summary": s} for (c, s), _ in zip(pairs, range(count), strict=False)
-        ]
+        split: [{"content": content, "summary": copy} for content, copy in islice(pairs, count)]
         for split, count in SPLITS.items()
     }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from chatglm_ptuning.data.collator import Collator
 from chatglm_ptuning.data.conversation import Conversation, Message
@@ -108,9 +108,10 @@ def make_model(tokenizer: ChatGLMTokenizer, seed: int) -> ChatGLMForConditionalG
         pad_token_id=tokenizer.pad_token_id,
     )
     model = ChatGLMForConditionalGeneration(config)
-    for layer in model.transformer.layers:
-        for projection in (layer.attention.dense, layer.mlp.dense_4h_to_h):
-            projection.weight.data.mul_(layer.alpha)
+    alpha = math.sqrt(2 * config.alpha_num_layers)
+    for name, weight in model.named_parameters():
+        if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):
+            weight.data.mul_(alpha)
     return model
 
 

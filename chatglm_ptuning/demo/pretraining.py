@@ -120,9 +120,9 @@ CLOTHES = tuple(kind for kind in KINDS if kind.is_clothing)
 HOUSEHOLD = tuple(kind for kind in KINDS if not kind.is_clothing)
 
 
-def write_facts(rng: Random, product: Product) -> str:
-    """The attributes in a random notation, mostly with the kind in front."""
-    between, after = rng.choice(NOTATIONS)
+def write_facts(rng: Random, product: Product, notation: tuple[str, str]) -> str:
+    """The attributes in a notation, mostly with the kind in front."""
+    between, after = notation
     facts = list(product.attributes.items())
     if rng.random() < 0.7:
         facts.insert(0, ("类型", product.kind.name))
@@ -139,7 +139,7 @@ def make_listed_product(rng: Random, fewest: int, most: int) -> Product:
 
 def ask(rng: Random, product: Product, question: str) -> str:
     """A question and the facts it is about, in either order."""
-    facts = write_facts(rng, product)
+    facts = write_facts(rng, product, rng.choice(NOTATIONS))
     return f"{question}{facts}" if rng.random() < 0.3 else f"{facts}。{question}"
 
 
@@ -234,7 +234,7 @@ def take_note(rng: Random) -> Example:
             f"收到，{product.this}的信息我记下了。请问想知道什么？",
         )
     )
-    return Example((write_facts(rng, product), answer))
+    return Example((write_facts(rng, product, rng.choice(NOTATIONS)), answer))
 
 
 def compare(rng: Random) -> Example:
@@ -244,7 +244,9 @@ def compare(rng: Random) -> Example:
     other = {key: rng.choice(values[key]) for key in first.attributes}
     second = Product(first.kind, other)
     m, (key, value) = first.kind.measure, rng.choice(list(first.attributes.items()))
-    facts = f"第一{m}：{write_facts(rng, first)}。第二{m}：{write_facts(rng, second)}。"
+    notation = rng.choice(NOTATIONS)
+    listed = [write_facts(rng, product, notation) for product in (first, second)]
+    facts = f"第一{m}：{listed[0]}。第二{m}：{listed[1]}。"
     if value == other[key]:
         return Example((f"{facts}{key}一样吗？", f"一样，都是{value}。"))
     if rng.random() < 0.5:

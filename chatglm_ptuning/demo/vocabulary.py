@@ -1,6 +1,6 @@
 """The demo's `ice_text.model`: a SentencePiece vocabulary in the order of the released ChatGLM-6B file.
 
-`<unk> <s> </s> <pad> <n>`, the pieces, the model's control pieces, `<|tab|>`, `<|blank_2|>` ... `<|blank_80|>`, 256 bytes.
+`<unk> <s> </s> <pad> <n>`, the pieces, the model's control pieces, `<|tab|>`, `<|blank_2|>` to `<|blank_80|>`, bytes.
 """
 
 import io
