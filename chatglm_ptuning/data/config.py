@@ -20,6 +20,7 @@ class DataConfig:
         prompt_column: Column of the question; None recognises it (see `data.formats`).
         response_column: Column of the answer; None recognises it.
         history_column: Column of earlier turns, a list of [question, answer]; None recognises it.
+        messages_column: Column of whole conversations, a list of messages; None recognises it.
         max_source_length: Longest prompt in tokens, with its control tokens (in ChatGLM-6B up to and with [gMASK]).
         max_target_length: Longest answer in tokens, with its end token (in ChatGLM-6B with <sop> too).
         truncation: What happens to a prompt that is too long after its oldest turns were dropped: "right" cuts the end
@@ -38,6 +39,7 @@ class DataConfig:
     prompt_column: str | None = None
     response_column: str | None = None
     history_column: str | None = None
+    messages_column: str | None = None
     max_source_length: int = 512
     max_target_length: int = 512
     truncation: str = "right"
@@ -63,10 +65,10 @@ class DataConfig:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise UserError(f"data.{name} must {rule}, got {getattr(self, name)!r}")
-        if self.history_column is not None and None in (self.prompt_column, self.response_column):
+        if (self.prompt_column is None) != (self.response_column is None):
             raise UserError(
-                "data.history_column must come with data.prompt_column and data.response_column,"
-                f" got history_column={self.history_column!r} alone"
+                "data.prompt_column and data.response_column must be given together,"
+                f" got prompt_column={self.prompt_column!r}, response_column={self.response_column!r}"
             )
 
 

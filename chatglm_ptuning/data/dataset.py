@@ -13,8 +13,9 @@ import torch
 from chatglm_ptuning.data.config import DataConfig
 from chatglm_ptuning.data.conversation import Conversation
 from chatglm_ptuning.data.formats import conversation_from_row
-from chatglm_ptuning.data.reading import BadRow, read_rows
+from chatglm_ptuning.data.reading import data_files, read_rows
 from chatglm_ptuning.data.report import DataReport
+from chatglm_ptuning.data.rows import BadRow
 from chatglm_ptuning.data.template import IGNORED, Example, Template, Tokenizer
 from chatglm_ptuning.data.truncation import Fit, fit_prompt, without
 from chatglm_ptuning.errors import UserError
@@ -88,7 +89,7 @@ def load_conversations(
         UserError: A missing or empty file; a row that cannot be read, with `file:line:`.
     """
     conversations: list[Conversation] = []
-    for path in [paths] if isinstance(paths, str) else paths:
+    for path in data_files(paths):
         for row in read_rows(path, config.encoding):
             if len(conversations) == max_samples:
                 return conversations

@@ -2,9 +2,12 @@
 
 | columns | layout |
 |---|---|
+| messages or conversations | lists of messages, see `data.messages` |
 | content, summary | AdvertiseGen, the released ChatGLM example |
 | prompt, response, history | the released ChatGLM scripts |
-| instruction, input, output, history, system | Alpaca; `input` follows `instruction` on a line of its own |
+| instruction, input, output, history | Alpaca; `input` follows `instruction` on a line of its own |
+
+Beside any of them: `system` (a text) and `tools` (a list). Lists may also stand as JSON in a text, as CSV needs it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,11 +15,12 @@ from typing import Any
 
 from chatglm_ptuning.data.config import DataConfig
 from chatglm_ptuning.data.conversation import Conversation, Message
-from chatglm_ptuning.data.reading import Row
+from chatglm_ptuning.data.messages import checked_text, messages_from_list, read_json_text, shown
+from chatglm_ptuning.data.rows import Row
 from chatglm_ptuning.errors import UserError
 
-# prompt column -> response column
-_PAIRS = {"content": "summary", "prompt": "response", "instruction": "output"}
+_LISTS = ("messages", "conversations")
+_PAIRS = {"content": "summary", "prompt": "response", "instruction": "output"}  # question -> answer
 
 
 def conversation_from_row(row: Row, config: DataConfig) -> Conversation:
@@ -25,32 +29,45 @@ def conversation_from_row(row: Row, config: DataConfig) -> Conversation:
     Raises:
         UserError: `file:line:` and what is wrong: not an object, an unknown layout, a missing column, a wrong type.
     """
-    if not isinstance(row.value, dict):
-        raise UserError(f"{row.source}: a row must be a JSON object, got {shown(row.value)}")
+    columns = row.value
+    if not isinstance(columns, dict):
+        raise UserError(f"{row.source}: a row must be a JSON object, got {shown(columns)}")
+    column = messages_column(row, config)
+    if column is not None:
+        messages = messages_from_list(row.source, f"column {column!r}", value_of(row, column))
+    else:
+        messages = messages_from_pair(row, config)
+    if columns.get("system"):
+        messages.insert(0, Message("system", text_of(row, "system")))
+    tools = columns.get("tools")
+    if tools:
+        tools = read_json_text(row.source, "column 'tools'", tools)
+        if not isinstance(tools, list | dict):
+            raise UserError(f"{row.source}: column 'tools' must be a list, got {shown(tools)}")
+    return Conversation(tuple(messages), tools or None, row.source)
+
+
+def messages_column(row: Row, config: DataConfig) -> str | None:
+    """The column that holds a list of messages; None where question and answer have columns of their own."""
+    if config.messages_column is not None or config.prompt_column is not None:
+        return config.messages_column
+    return next((column for column in _LISTS if column in row.value), None)
+
+
+def messages_from_pair(row: Row, config: DataConfig) -> list[Message]:
+    """Earlier turns, the question and the answer."""
     prompt_column, response_column = pair_columns(row, config)
     prompt = text_of(row, prompt_column)
-    system = ""
-    if config.prompt_column is None and prompt_column == "instruction":
-        extra = text_of(row, "input") if "input" in row.value else ""
-        prompt = f"{prompt}\n{extra}" if prompt and extra else prompt + extra
-        system = text_of(row, "system") if "system" in row.value else ""
-    messages = [Message("system", system)] if system else []
-    for question, answer in history_of(row, config):
-        messages += [Message("user", question), Message("assistant", answer)]
-    messages += [Message("user", prompt), Message("assistant", text_of(row, response_column))]
-    return Conversation(tuple(messages), source=row.source)
+    if config.prompt_column is None and prompt_column == "instruction" and "input" in row.value:
+        prompt = "\n".join(filter(None, [prompt, text_of(row, "input")]))
+    answer = Message("assistant", text_of(row, response_column))
+    return [*history_of(row, config), Message("user", prompt), answer]
 
 
 def pair_columns(row: Row, config: DataConfig) -> tuple[str, str]:
     """The columns of question and answer."""
-    if config.prompt_column is not None or config.response_column is not None:
-        prompt, response = config.prompt_column, config.response_column
-        if prompt is None or response is None:
-            raise UserError(
-                "data.prompt_column and data.response_column must be given together,"
-                f" got prompt_column={prompt!r}, response_column={response!r}"
-            )
-        return prompt, response
+    if config.prompt_column is not None and config.response_column is not None:
+        return config.prompt_column, config.response_column
     for prompt, response in _PAIRS.items():
         if prompt in row.value and response in row.value:
             return prompt, response
@@ -67,63 +84,40 @@ def pair_columns(row: Row, config: DataConfig) -> tuple[str, str]:
     )
 
 
+def history_of(row: Row, config: DataConfig) -> Iterator[Message]:
+    """Earlier turns: pairs [question, answer], or messages."""
+    column = config.history_column
+    turns = row.value.get("history") if column is None else value_of(row, column)
+    if not turns:
+        return
+    name = f"column {'history' if column is None else column!r}"
+    turns = read_json_text(row.source, name, turns)
+    if not isinstance(turns, list):
+        raise UserError(f"{row.source}: {name} must be a list of turns, got {shown(turns)}")
+    if all(isinstance(turn, dict) for turn in turns):
+        yield from messages_from_list(row.source, name, turns)
+        return
+    for number, turn in enumerate(turns, 1):
+        place = f"turn {number} of {name}"
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise UserError(f"{row.source}: {place} must be [question, answer], got {shown(turn)}")
+        yield Message("user", checked_text(row.source, place, turn[0]))
+        yield Message("assistant", checked_text(row.source, place, turn[1]))
+
+
+def value_of(row: Row, column: str) -> Any:
+    """The value of a column that must be there."""
+    if column not in row.value:
+        columns = shown_columns(row.value)
+        raise UserError(f"{row.source}: a row must have column {column!r}, got columns {columns}")
+    return row.value[column]
+
+
 def text_of(row: Row, column: str) -> str:
     """The text of a column; null is an empty text."""
-    if column not in row.value:
-        raise UserError(
-            f"{row.source}: a row must have column {column!r}, got columns {shown_columns(row.value)}"
-        )
-    return checked_text(row.source, f"column {column!r}", row.value[column])
-
-
-def checked_text(source: str, name: str, value: Any) -> str:
-    """A text that has a UTF-8 form; null is an empty one."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{source}: {name} must be a text, got {shown(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{source}: {name} must be valid Unicode, got half a character"
-                f" ({value[error.start]!r}) at position {error.start}; remove the broken \\u escape"
-            ) from error
-    return value
-
-
-def history_of(row: Row, config: DataConfig) -> Iterator[tuple[str, str]]:
-    """Earlier turns: pairs of question and answer."""
-    column = config.history_column
-    if column is None:
-        column = "history"
-    elif column not in row.value:
-        raise UserError(
-            f"{row.source}: a row must have column {column!r}, got columns {shown_columns(row.value)}"
-        )
-    turns = row.value.get(column)
-    if turns is None:
-        return
-    if not isinstance(turns, list):
-        raise UserError(
-            f"{row.source}: column {column!r} must be a list of turns, got {shown(turns)}"
-        )
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise UserError(
-                f"{row.source}: turn {number} of column {column!r} must be [question, answer], got {shown(turn)}"
-            )
-        name = f"turn {number} of column {column!r}"
-        yield checked_text(row.source, name, turn[0]), checked_text(row.source, name, turn[1])
+    return checked_text(row.source, f"column {column!r}", value_of(row, column))
 
 
 def shown_columns(row: Mapping[str, Any]) -> str:
     """The column names of a row, for an error."""
     return shown(sorted(row))
-
-
-def shown(value: Any) -> str:
-    """A value for an error, cut to a length that fits a line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -84,7 +84,7 @@ def test_layouts_are_recognised(tmp_path, row, config, texts):
         ({"a": 1}, {}, "columns of a known layout, got columns ['a']; set data.prompt_column"),
         ({"content": 3, "summary": "答"}, {}, "column 'content' must be a text, got 3"),
         ({"content": "\ud800", "summary": "答"}, {}, "column 'content' must be valid Unicode"),
-        ({"prompt": "", "response": "", "history": "x"}, {}, "column 'history' must be a list of turns, got 'x'"),
+        ({"prompt": "", "response": "", "history": "x"}, {}, "column 'history' must be a list or its JSON, got 'x'"),
         ({"prompt": "", "response": "", "history": [["x"]]}, {}, "turn 1 of column 'history' must be [question"),
         ({"q": "x"}, {"prompt_column": "q", "response_column": "a"}, "must have column 'a', got columns ['q']"),
     ],
@@ -132,7 +132,10 @@ def test_several_files_and_a_limit(tmp_path):
             "data.encoding must name an encoding like utf-8 or gb18030, got 'utf-16'",
         ),
         ({"encoding": "klingon"}, "data.encoding must name"),
-        ({"history_column": "h"}, "data.history_column must come with"),
+        (
+            {"prompt_column": "q"},
+            "data.prompt_column and data.response_column must be given together",
+        ),
     ],
 )
 def test_settings_are_checked(settings, message):

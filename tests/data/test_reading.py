@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from chatglm_ptuning.data.reading import BadRow, Row, read_rows
+from chatglm_ptuning.data.reading import read_rows
+from chatglm_ptuning.data.rows import BadRow, Row
 from chatglm_ptuning.errors import UserError
 
 ROWS = [
@@ -30,13 +31,13 @@ def test_every_form_gives_the_rows_with_their_lines(tmp_path, form, mark):
     file = tmp_path / "rows.json"
     file.write_bytes(mark + FORMS[form].encode())
     expected = [Row(f"{file}:{line}", row) for line, row in zip(LINES[form], ROWS, strict=True)]
-    assert list(read_rows(file)) == expected
+    assert list(read_rows(str(file))) == expected
 
 
 def bad(tmp_path, content, encoding="utf-8"):
     file = tmp_path / "rows.json"
     file.write_bytes(content)
-    rows = list(read_rows(file, encoding))
+    rows = list(read_rows(str(file), encoding))
     return [
         (row.source.rsplit(":", 1)[1], row.reason) if isinstance(row, BadRow) else row.value
         for row in rows
@@ -96,12 +97,12 @@ def test_an_empty_file_is_one_sentence(tmp_path, content):
     file = tmp_path / "rows.json"
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"rows\.json: a data file must hold at least one row"):
-        list(read_rows(file))
+        list(read_rows(str(file)))
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="must exist, got path="):
-        list(read_rows(tmp_path / "nowhere.json"))
+        list(read_rows(str(tmp_path / "nowhere.json")))
 
 
 def test_gbk_is_named_and_read_when_asked_for(tmp_path):

@@ -1,0 +1,133 @@
+"""Rows of a JSON file: lines, one array, or objects one after another on several lines each.
+
+The content tells which of the three it is.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from chatglm_ptuning.data.rows import BadRow, Row, wrong_encoding
+from chatglm_ptuning.errors import UserError
+
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+def read_json(file: Path, stream: IO[bytes], encoding: str) -> Iterator[Row | BadRow]:
+    """The rows of a JSON file; lines are read one by one, the other forms whole.
+
+    Raises:
+        UserError: A file that is no lines is not in this encoding.
+    """
+    first = first_line(stream).decode(encoding, errors="replace")
+    stream.seek(0)
+    if first.lstrip().startswith("[") or not is_complete_json(first):
+        yield from read_document(file, stream, encoding)
+    else:
+        yield from read_lines(file, stream, encoding)
+
+
+def first_line(stream: IO[bytes]) -> bytes:
+    """The first line with anything on it, without a byte order mark; nothing where there is none."""
+    lines = (line.removeprefix(b"\xef\xbb\xbf") for line in stream)
+    return next((line for line in lines if line.strip()), b"")
+
+
+def is_complete_json(line: str) -> bool:
+    """Whether a line is a JSON value of its own."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def read_lines(file: Path, stream: IO[bytes], encoding: str) -> Iterator[Row | BadRow]:
+    """One JSON value a line; blank lines are no rows."""
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        source = f"{file}:{number}"
+        try:
+            yield Row(source, json.loads(line.decode(encoding)))
+        except UnicodeDecodeError as error:
+            yield BadRow(source, wrong_encoding(line, encoding, error))
+        except (ValueError, RecursionError) as error:
+            yield BadRow(source, wrong_json(error, on_one_line=True))
+
+
+def read_document(file: Path, stream: IO[bytes], encoding: str) -> Iterator[Row | BadRow]:
+    """The values of a JSON array, or of values one after another, each at the line on which it begins.
+
+    After a value that cannot be read, reading goes on at the next line that begins an object no deeper than the first.
+    """
+    content = stream.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        broken = content.split(b"\n")[line - 1]
+        raise UserError(f"{file}:{line}: {wrong_encoding(broken, encoding, error)}") from error
+    position = skip_blanks(text, 0)
+    in_array = text.startswith("[", position)
+    position = skip_blanks(text, position + in_array)
+    indent = position - (text.rfind("\n", 0, position) + 1)
+    next_row = re.compile(rf"^[ \t]{{0,{indent}}}(?=\{{)", re.MULTILINE)
+    line, counted, rows = 1, 0, 0
+    while position < len(text):
+        if in_array and text[position] == "]" and not rows:
+            break
+        line += text.count("\n", counted, position)
+        counted = position
+        source = f"{file}:{line}"
+        rows += 1
+        try:
+            value, end = _DECODER.raw_decode(text, position)
+            position = end_of_row(text, end) if in_array else skip_blanks(text, end)
+            yield Row(source, value)
+        except (ValueError, RecursionError) as error:
+            yield BadRow(source, wrong_json(error, on_one_line=False))
+            resume = next_row.search(text, position + 1)
+            if resume is None:
+                return
+            position = resume.end()
+            continue
+        if in_array and text[position - 1] == "]":
+            rest = skip_blanks(text, position)
+            if rest < len(text):
+                line += text.count("\n", counted, rest)
+                yield BadRow(f"{file}:{line}", "a JSON array must be the whole file, got more text")
+            return
+        if in_array:
+            position = skip_blanks(text, position)
+    if rows and in_array:
+        yield BadRow(f"{file}:{line}", "a JSON array must end with ']', got the end of the file")
+
+
+def skip_blanks(text: str, position: int) -> int:
+    """The first position from here on that holds no JSON white space."""
+    match = _BLANKS.match(text, position)
+    return match.end() if match is not None else position
+
+
+def end_of_row(text: str, position: int) -> int:
+    """The position behind the ',' or ']' that closes a value of an array."""
+    position = skip_blanks(text, position)
+    if text[position : position + 1] not in (",", "]"):
+        raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
+    return position + 1
+
+
+def wrong_json(error: Exception, on_one_line: bool) -> str:
+    """What to say of text that is not JSON; a row of several lines also needs the line of the file."""
+    if isinstance(error, json.JSONDecodeError):
+        place = (
+            f"column {error.colno}" if on_one_line else f"line {error.lineno}, column {error.colno}"
+        )
+        return f"a row must be valid JSON, got {error.msg!r} at {place}"
+    return f"a row must be valid JSON, got {type(error).__name__}: {error}"
