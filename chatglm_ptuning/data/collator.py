@@ -23,10 +23,11 @@ class Collator:
         """Make a batch; the examples stay as they are.
 
         Args:
-            examples: Each with "input_ids" and "labels" of one length.
+            examples: Each with "input_ids" and "labels" of one length; a packed one has an "attention_mask" too.
 
         Returns:
-            `input_ids`, `attention_mask` (1 at real tokens) and `labels` (-100 at pads), each `[batch, seq_len]`, long.
+            `input_ids`, `attention_mask` (0 at pads, 1 at real tokens; 1, 2, 3, ... at those of the first, second,
+            third example of a packed row) and `labels` (-100 at pads), each `[batch, seq_len]`, long.
         """
         length = max(len(example["input_ids"]) for example in examples)
         if self.pad_to_multiple_of is not None:
@@ -38,6 +39,6 @@ class Collator:
         for row, example in enumerate(examples):
             end = len(example["input_ids"])
             input_ids[row, :end] = torch.tensor(example["input_ids"], dtype=torch.long)
-            attention_mask[row, :end] = 1
+            attention_mask[row, :end] = torch.tensor(example.get("attention_mask", 1))
             labels[row, :end] = torch.tensor(example["labels"], dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -31,6 +31,14 @@ class DataConfig:
         max_train_samples: Use only this many rows of train_file, from its beginning; None uses all.
         max_eval_samples: The same for validation_file and test_file.
         encoding: Text encoding of the files; a byte order mark is fine.
+        train_weights: For each path of train_file how often its rows count in an epoch: 0.1 draws a tenth of them, 2.5
+            takes all twice and half of them once more; None takes all once.
+        seed: Of those draws and of the streamed order.
+        packing: Several training examples in one row without padding.
+        packing_length: Longest packed row in tokens; None takes max_source_length + max_target_length.
+        streaming: Read and encode training rows as they are needed, endlessly: set training.max_steps.
+        shuffle_buffer_size: Streaming draws the next row out of so many.
+        cache_dir: Keep encoded data here and map it instead of holding it in memory; None encodes at every start.
     """
 
     train_file: str | list[str] | None = None
@@ -47,6 +55,13 @@ class DataConfig:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     encoding: str = "utf-8"
+    train_weights: list[float] | None = None
+    seed: int = 42
+    packing: bool = False
+    packing_length: int | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int = 10_000
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -59,9 +74,31 @@ class DataConfig:
                 "name an encoding like utf-8 or gb18030",
             ),
         }
+        rules["shuffle_buffer_size"] = (self.shuffle_buffer_size >= 1, "be at least 1 row")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             rules[name] = (value is None or value >= 1, "be at least 1 row")
+        paths = [self.train_file] if isinstance(self.train_file, str) else self.train_file
+        rules["train_weights"] = (
+            self.train_weights is None
+            or (
+                min(self.train_weights, default=0) > 0
+                and len(self.train_weights) == len(paths or [])
+            ),
+            "have one number over 0 for each path of data.train_file",
+        )
+        rules["packing_length"] = (
+            self.packing_length is None or self.packing_length >= 8,
+            "be at least 8 tokens",
+        )
+        rules["packing"] = (
+            not (self.packing and self.streaming),
+            "be false where data.streaming is true",
+        )
+        rules["cache_dir"] = (
+            not (self.cache_dir and self.streaming),
+            "be left out where data.streaming is true",
+        )
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise UserError(f"data.{name} must {rule}, got {getattr(self, name)!r}")
@@ -70,6 +107,13 @@ class DataConfig:
                 "data.prompt_column and data.response_column must be given together,"
                 f" got prompt_column={self.prompt_column!r}, response_column={self.response_column!r}"
             )
+
+    @property
+    def packed_length(self) -> int:
+        """Longest packed row in tokens."""
+        if self.packing_length is not None:
+            return self.packing_length
+        return self.max_source_length + self.max_target_length
 
 
 def splits_at_newlines(encoding: str) -> bool:
