@@ -76,36 +76,34 @@ def read_document(file: Path, stream: IO[bytes], encoding: str) -> Iterator[Row 
     position = skip_blanks(text, 0)
     in_array = text.startswith("[", position)
     position = skip_blanks(text, position + in_array)
+    is_closed = in_array and text.startswith("]", position)
+    position = skip_blanks(text, position + is_closed)
     indent = position - (text.rfind("\n", 0, position) + 1)
     next_row = re.compile(rf"^[ \t]{{0,{indent}}}(?=\{{)", re.MULTILINE)
-    line, counted, rows = 1, 0, 0
+    line, counted = 1, 0
     while position < len(text):
-        if in_array and text[position] == "]" and not rows:
-            break
         line += text.count("\n", counted, position)
         counted = position
         source = f"{file}:{line}"
-        rows += 1
         try:
+            if is_closed:
+                raise json.JSONDecodeError("Extra text after the array", text, position)
             value, end = _DECODER.raw_decode(text, position)
-            position = end_of_row(text, end) if in_array else skip_blanks(text, end)
-            yield Row(source, value)
+            position = skip_blanks(text, end)
+            if in_array:
+                is_closed = text.startswith("]", position)
+                if not is_closed and not text.startswith(",", position):
+                    raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
+                position = skip_blanks(text, position + 1)
         except (ValueError, RecursionError) as error:
             yield BadRow(source, wrong_json(error, on_one_line=False))
-            resume = next_row.search(text, position + 1)
+            resume = next_row.search(text, counted + 1)
             if resume is None:
                 return
-            position = resume.end()
-            continue
-        if in_array and text[position - 1] == "]":
-            rest = skip_blanks(text, position)
-            if rest < len(text):
-                line += text.count("\n", counted, rest)
-                yield BadRow(f"{file}:{line}", "a JSON array must be the whole file, got more text")
-            return
-        if in_array:
-            position = skip_blanks(text, position)
-    if rows and in_array:
+            position, is_closed = resume.end(), False
+        else:
+            yield Row(source, value)
+    if in_array and not is_closed:
         yield BadRow(f"{file}:{line}", "a JSON array must end with ']', got the end of the file")
 
 
@@ -113,14 +111,6 @@ def skip_blanks(text: str, position: int) -> int:
     """The first position from here on that holds no JSON white space."""
     match = _BLANKS.match(text, position)
     return match.end() if match is not None else position
-
-
-def end_of_row(text: str, position: int) -> int:
-    """The position behind the ',' or ']' that closes a value of an array."""
-    position = skip_blanks(text, position)
-    if text[position : position + 1] not in (",", "]"):
-        raise json.JSONDecodeError("Expecting ',' or ']' after a row", text, position)
-    return position + 1
 
 
 def wrong_json(error: Exception, on_one_line: bool) -> str:

@@ -76,7 +76,7 @@ def test_a_broken_row_of_an_array_does_not_hide_the_others(tmp_path):
     [
         (b'[{"a": 1}', [("1", "valid JSON")]),
         (b'[{"a": 1}\n{"a": 2}]', [("1", "after a row"), {"a": 2}]),
-        (b'[{"a": 1}] x', [{"a": 1}, ("1", "the whole file")]),
+        (b'[{"a": 1}] x', [{"a": 1}, ("1", "Extra text after the array")]),
         (b'[{"a": 1},\n', [{"a": 1}, ("1", "the end of the file")]),
         (b'{"a": 1} {"a": 2} x', [{"a": 1}, {"a": 2}, ("1", "valid JSON")]),
     ],
