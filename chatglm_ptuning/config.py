@@ -1,0 +1,373 @@
+"""One YAML file a run: sections `model`, `data`, `adapter`, `training`, `generation`.
+
+Each section belongs to the class that uses it; this file reads them strictly (an unknown key or a value of the wrong
+type is an error that names file, line and the nearest key), lays `section.key=value` of the command line over them,
+and writes what came out beside the adapter as run_config.yaml.
+
+Relative paths are looked up from the current directory, except those written in the project's own configs/, which
+are relative to the project.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chatglm_ptuning.data.config import DataConfig
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.training.arguments import OTHER_ARGUMENTS, RENAMED_ARGUMENTS, RunArguments
+from chatglm_ptuning.tuners.prefix import PrefixTuningConfig
+from chatglm_ptuning.version import __version__
+
+PROJECT = Path(__file__).resolve().parents[1]
+RUN_CONFIG_FILE = "run_config.yaml"
+
+# `adapter.type` -> what describes it, and where its run is written by default
+TUNER_CONFIGS: dict[str, type | None] = {"ptuning_v2": PrefixTuningConfig, "full": None}
+OUTPUT_DIRS = {"ptuning_v2": "outputs/ptuning", "full": "outputs/full"}
+OTHER_NAMES = {"pre_seq_len": "num_virtual_tokens"}  # as the released ChatGLM scripts call it
+
+
+@dataclass
+class ModelSection:
+    """Which base model, and how it is loaded.
+
+    Args:
+        path: A checkpoint directory.
+        template: The chat format, a name in `data.template.TEMPLATES`; None where the checkpoint tells it.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", "cuda:1"; None takes the GPU where there is one.
+        quantization_bit: 4 or 8 quantises the frozen base with bitsandbytes; None leaves it whole.
+    """
+
+    path: str = "demo/model"
+    template: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    quantization_bit: int | None = None
+
+
+@dataclass
+class AdapterSection:
+    """What is trained.
+
+    Args:
+        type: A key of `TUNER_CONFIGS`; "full" trains every weight of the base.
+        settings: Fields of that tuner's config class, e.g. num_virtual_tokens.
+    """
+
+    type: str = "ptuning_v2"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def tuner_config(self) -> Any:
+        """The tuner's config object; None where every weight is trained."""
+        config_class = TUNER_CONFIGS[self.type]
+        return None if config_class is None else config_class(**self.settings)
+
+
+@dataclass
+class GenerationSection:
+    """How answers are generated in evaluation; greedy by default, so that scores repeat.
+
+    Args:
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Answers generated at a time.
+        do_sample: Draw tokens instead of taking the likeliest; the three below count only then.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Draw from the smallest set of tokens that holds this probability.
+        top_k: Draw from this many likeliest tokens; 0 draws from all.
+        num_beams: Width of beam search; 1 is none.
+        repetition_penalty: Divides the logits of tokens already used; 1 is none.
+    """
+
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "be at least 1"),
+            "batch_size": (self.batch_size >= 1, "be at least 1"),
+            "temperature": (self.temperature >= 0, "be 0 or more"),
+            "top_p": (0 < self.top_p <= 1, "be over 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "be 0 or more"),
+            "num_beams": (self.num_beams >= 1, "be at least 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "be over 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError(f"generation.{name} must {rule}, got {getattr(self, name)!r}")
+
+
+@dataclass
+class RunConfig:
+    """The whole run; `training` holds the fields of `Seq2SeqTrainingArguments` word for word."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    training: dict[str, Any] = field(default_factory=dict)
+    generation: GenerationSection = field(default_factory=GenerationSection)
+
+    @classmethod
+    def load(
+        cls, file: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
+    ) -> "RunConfig":
+        """Read a YAML file and lay `section.key=value` texts over it.
+
+        Raises:
+            UserError: Not YAML, not a mapping, an unknown key, a value of the wrong type.
+        """
+        values, places = read_yaml(Path(file)) if file is not None else ({}, {})
+        values.pop("versions", None)  # written by `save`
+        for override in overrides:
+            lay_over(values, places, override)
+        check_keys(values, [f.name for f in dataclasses.fields(cls)], "", places)
+        for name, section in values.items():
+            if not isinstance(section, dict | None):
+                raise UserError(f"{places[name]}: section {name} must hold keys, got {section!r}")
+        return cls(
+            model=parse_section(ModelSection, values, "model", places),
+            data=parse_section(DataConfig, values, "data", places),
+            adapter=parse_adapter(values, places),
+            training=parse_training(values, places),
+            generation=parse_section(GenerationSection, values, "generation", places),
+        )
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run is written."""
+        return Path(self.training.get("output_dir", OUTPUT_DIRS[self.adapter.type]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sections as `load` reads them, the versions in use beside them."""
+        sections = dataclasses.asdict(self)
+        sections["adapter"] = {"type": self.adapter.type, **self.adapter.settings}
+        sections["training"]["output_dir"] = str(self.output_dir)
+        # The adapter is used from other directories than the one it was trained in.
+        sections["model"]["path"] = os.path.abspath(self.model.path)
+        packages = ("torch", "transformers", "peft")
+        sections["versions"] = {"chatglm_ptuning": __version__} | {p: version(p) for p in packages}
+        return sections
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write run_config.yaml into a directory that exists."""
+        text = yaml.safe_dump(self.to_dict(), allow_unicode=True, sort_keys=False)
+        (Path(directory) / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in a file, and `file:line` of each key (`section`, `section.key`).
+
+    Raises:
+        UserError: No such file, not UTF-8, not YAML, not a mapping, a key twice.
+    """
+    try:
+        loader = Loader(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"config file must be readable, got {file}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise UserError(f"{file}: a config file must be UTF-8 text; {error}") from None
+    try:
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise UserError(f"{file}:{line}: must be YAML, but {error.problem}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}:1: a config must be sections of keys, got {values!r}")
+    places: dict[str, str] = {}
+    if node is not None:
+        note_places(node, str(file), "", places)
+    if file.resolve().parent == PROJECT / "configs":
+        make_project_paths(values)
+    return values, places
+
+
+def note_places(node: yaml.Node, file: str, prefix: str, places: dict[str, str]) -> None:
+    """Fill `places` with `file:line` of the keys of a mapping node and of the mappings in it."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        name, place = f"{prefix}{key_node.value}", f"{file}:{key_node.start_mark.line + 1}"
+        if name in places:
+            raise UserError(f"{place}: {name} must stand once, it is also at {places[name]}")
+        places[name] = place
+        note_places(value_node, file, f"{name}.", places)
+
+
+def make_project_paths(values: dict[str, Any]) -> None:
+    """Turn the input paths of a shipped config into paths from the current directory."""
+    for section, keys in {
+        "model": ("path",),
+        "data": ("train_file", "validation_file", "test_file"),
+        "training": ("deepspeed",),
+    }.items():
+        for key in keys:
+            value = (values.get(section) or {}).get(key)
+            if isinstance(value, str):
+                values[section][key] = os.path.relpath(PROJECT / value)
+
+
+def lay_over(values: dict[str, Any], places: dict[str, str], override: str) -> None:
+    """Set one `section.key=value`, the value read as YAML.
+
+    Raises:
+        UserError: Another form.
+    """
+    name, equals, text = override.partition("=")
+    *parents, key = name.split(".")
+    if not (equals and parents and all(parents) and key):
+        raise UserError(f"an override must be section.key=value, got {override!r}")
+    try:
+        value = yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError:
+        raise UserError(
+            f"the value of {name} must be YAML, got {text!r}; put it in quotes"
+        ) from None
+    for depth, parent in enumerate(parents):
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        places.setdefault(".".join(parents[: depth + 1]), "command line")
+        if not isinstance(values, dict):
+            raise UserError(
+                f"command line: {'.'.join(parents[: depth + 1])} must hold keys, got {values!r}"
+            )
+    values[key] = value
+    places[name] = "command line"
+
+
+def check_keys(
+    values: Mapping[str, Any], known: list[str], prefix: str, places: dict[str, str]
+) -> None:
+    """Refuse a key that is not known, naming the nearest one that is."""
+    for key in values:
+        if key not in known:
+            name = f"{prefix}{key}"
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
+            hint = RENAMED_ARGUMENTS.get(key) if prefix == "training." else None
+            advice = hint if hint is not None else f"the nearest is {prefix}{near[0]}"
+            raise UserError(f"{places.get(name, 'config')}: there is no key {name}; {advice}")
+
+
+def parse_section(cls: type, values: Mapping[str, Any], name: str, places: dict[str, str]) -> Any:
+    """An object of a dataclass from the section of that name."""
+    section = values.get(name) or {}
+    fields = typing.get_type_hints(cls)
+    check_keys(section, list(fields), f"{name}.", places)
+    check_types(section, fields, f"{name}.", places)
+    return cls(**section)
+
+
+def parse_adapter(values: Mapping[str, Any], places: dict[str, str]) -> AdapterSection:
+    """The section `adapter`, whose keys depend on its type."""
+    section = dict(values.get("adapter") or {})
+    kind = section.pop("type", AdapterSection.type)
+    if kind not in TUNER_CONFIGS:
+        raise UserError(
+            f"{places['adapter.type']}: adapter.type must be one of {', '.join(TUNER_CONFIGS)}, got {kind!r}"
+        )
+    config_class = TUNER_CONFIGS[kind]
+    fields = {} if config_class is None else typing.get_type_hints(config_class)
+    fields = {n: t for n, t in fields.items() if typing.get_origin(t) is not typing.ClassVar}
+    for other, key in OTHER_NAMES.items():
+        if other in section and key in fields:
+            section[key] = section.pop(other)
+    check_keys(section, ["type", *fields], "adapter.", places)
+    check_types(section, fields, "adapter.", places)
+    return AdapterSection(type=kind, settings=section)
+
+
+def parse_training(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:
+    """The section `training`, checked against the arguments of the trainer but left as it is."""
+    section = {
+        OTHER_ARGUMENTS.get(key, key): value
+        for key, value in (values.get("training") or {}).items()
+    }
+    fields = typing.get_type_hints(RunArguments)
+    check_keys(section, [f.name for f in dataclasses.fields(RunArguments)], "training.", places)
+    check_types(section, fields, "training.", places)
+    return section
+
+
+def check_types(
+    section: Mapping[str, Any], fields: Mapping[str, Any], prefix: str, places: dict[str, str]
+) -> None:
+    """Refuse a value that is not of its field's type."""
+    for key, value in section.items():
+        if not has_type(value, fields[key]):
+            name = f"{prefix}{key}"
+            raise UserError(
+                f"{places.get(name, 'config')}: {name} must be {describe_type(fields[key])}, got {value!r}"
+            )
+
+
+def has_type(value: Any, wanted: Any) -> bool:
+    """Whether a YAML value fits an annotation; one that YAML cannot spell fits none."""
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(has_type(value, option) for option in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is not None:
+        return isinstance(value, origin) and (
+            origin is not list or all(has_type(item, inner[0]) for item in value)
+        )
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(wanted, type) and issubclass(wanted, Enum | Path):
+        return isinstance(value, str)
+    return isinstance(value, wanted)
+
+
+def describe_type(wanted: Any) -> str:
+    """An annotation in words."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        dict: "keys",
+    }
+    words |= {list: "a list", types.NoneType: "null"}
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe_type(option) for option in inner))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin is list:
+        return f"a list ({describe_type(inner[0])} each)"
+    if isinstance(wanted, type) and issubclass(wanted, Enum | Path):
+        return "text"
+    return words.get(origin if origin is not None else wanted, str(wanted))
