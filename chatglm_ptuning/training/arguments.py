@@ -40,17 +40,23 @@ class RunArguments(Seq2SeqTrainingArguments):
 
     Args:
         predict_with_generate: Score generated answers at every evaluation, beside the validation loss.
+        ddp_find_unused_parameters: Off: every trained parameter takes part in every step.
+        early_stopping_patience: End the run after so many evaluations without a better `metric_for_best_model`.
         include_num_input_tokens_seen: Count real tokens, for tokens per second.
         logging_nan_inf_filter: Off: a loss that is not finite stops the run instead of being smoothed away.
         report_to: Where transformers' own loggers write; metrics.jsonl and loss.png are always written.
+        resume_from_checkpoint: True goes on from the newest whole checkpoint of `output_dir`, a path from that one.
         use_cpu: None is yes where there is no accelerator; without it several CPU processes would each train alone.
     """
 
+    ddp_find_unused_parameters: bool | None = False
+    early_stopping_patience: int | None = None
     include_num_input_tokens_seen: str | bool = "non_padding"
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     report_to: str | list[str] | None = "none"
-    use_cpu: bool | None = None  # type: ignore[assignment]
+    resume_from_checkpoint: str | bool | None = None
+    use_cpu: bool | None = None
 
     def __post_init__(self) -> None:
         if self.use_cpu is None:
@@ -71,7 +77,7 @@ def make_arguments(settings: Mapping[str, Any], output_dir: str | PathLike[str])
     except (ValueError, ImportError) as error:
         raise UserError(f"section training: {error}") from None
     if arguments.deepspeed:
-        join_group(arguments.use_cpu)
+        join_group(bool(arguments.use_cpu))
     if arguments.n_gpu > 1:
         raise UserError(
             f"a training process must use one GPU, got {arguments.n_gpu} visible ones; set NUM_GPUS="

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from chatglm_ptuning.training.arguments import RunArguments
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Calls a function when the model is where it will be trained, sharded if so, and no step is made yet."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def on_train_begin(
+        self, args: RunArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        self.call()
 
 
 class Progress(TrainerCallback):

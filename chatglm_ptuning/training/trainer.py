@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -92,12 +92,14 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._unfinished: Path | None = None  # where a checkpoint is being written
-        self._last_log: tuple[float, int] | None = None  # seconds, tokens
+        self._last_log = (0.0, 0)  # seconds, tokens
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        if not hasattr(dataset, "lengths"):
+            return RandomSampler(dataset)  # packed rows are alike already
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         group_size = (
             GROUPED_STEPS
@@ -175,6 +177,10 @@ class AdapterTrainer(Trainer):
         count = self._get_num_items_in_batch([inputs], self.args.device)
         return self.compute_loss(model, inputs, num_items_in_batch=count), None, None
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        mask = inputs["attention_mask"].clamp(max=1)  # packed rows number their examples in it
+        super()._track_num_input_tokens({**inputs, "attention_mask": mask})
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The validation loss, and the scores of generated answers where they are asked for."""
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -188,9 +194,8 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the tokens per second since the last training log in place of transformers' run averages."""
         if "loss" in logs:
-            now, tokens = time.time(), int(self.state.num_input_tokens_seen)
-            start = (start_time, self._initial_num_input_tokens_seen)
-            last, last_tokens = self._last_log if self._last_log is not None else start
+            now, tokens = time.monotonic(), int(self.state.num_input_tokens_seen)
+            last, last_tokens = self._last_log
             logs["tokens_per_second"] = (tokens - last_tokens) / (now - last)
             self._last_log = (now, tokens)
         super().log(logs)
@@ -275,6 +280,7 @@ class AdapterTrainer(Trainer):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
         """As transformers does, but DeepSpeed is told that frozen weights are not in the checkpoint."""
+        self._last_log = (time.monotonic(), int(self.state.num_input_tokens_seen))
         if not (self.is_deepspeed_enabled and self.adapter_name is not None):
             return super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint

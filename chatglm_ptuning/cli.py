@@ -1,0 +1,94 @@
+"""The command line: `python -m chatglm_ptuning COMMAND`. Each command imports what it needs when it runs.
+
+Exit codes: 0 done, 1 the user's input or data is wrong (one sentence on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.version import __version__
+
+PROJECT = Path(__file__).resolve().parents[1]
+OVERRIDES = "[section.key=value ...]"
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train and score one adapter."""
+    from chatglm_ptuning.config import RunConfig
+    from chatglm_ptuning.training.run import run
+
+    run(RunConfig.load(args.config, args.overrides))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="chatglm-ptuning",
+        description="Fine-tune, evaluate and serve ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "train",
+        help="train an adapter (or every weight) and score it against the untouched base",
+        usage=f"chatglm-ptuning train [--config FILE] {OVERRIDES}",
+        epilog="Sections: model, data, adapter, training (transformers' Seq2SeqTrainingArguments), generation. "
+        "Example: train model.path=/data/chatglm-6b data.train_file=my.json training.learning_rate=1e-2",
+    )
+    command.add_argument(
+        "--config",
+        type=Path,
+        default=PROJECT / "configs" / "ptuning_v2.yaml",
+        metavar="FILE",
+        help="YAML file of the run (default: P-Tuning v2 on the demo model and data)",
+    )
+    command.set_defaults(run=train, takes_overrides=True)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; `section.key=value` may stand anywhere and is collected in `overrides`."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(arguments)
+    unknown = [
+        text for text in rest if text.startswith("-") or not getattr(args, "takes_overrides", False)
+    ]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = rest
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code.
+    """
+    args = parse(arguments)
+    try:
+        args.run(args)
+    except UserError as error:
+        return fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        place = f" {error.filename}" if error.filename else " a file"
+        return fail(f"cannot write{place}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def fail(sentence: str) -> int:
+    """Say what is wrong on stderr, and which of several processes says it; the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"error{f' (process {rank})' if rank else ''}: {sentence}", file=sys.stderr)
+    return 1

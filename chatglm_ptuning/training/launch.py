@@ -1,0 +1,33 @@
+"""torchrun with a sentence instead of a traceback: `python -m chatglm_ptuning.training.launch TORCHRUN_ARGUMENTS`."""
+
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+
+def main(arguments: list[str]) -> int:
+    """Run the processes.
+
+    Returns:
+        The exit code of the first one that failed; 0 if none did.
+    """
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode  # it has said why
+        name = signal.Signals(-failure.exitcode).name
+        print(
+            f"error: process {rank} of the run was killed by {name}; look into the system's log, then go on with "
+            "training.resume_from_checkpoint=true",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

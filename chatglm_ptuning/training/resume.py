@@ -1,0 +1,84 @@
+"""Where a run starts: anew, or from the checkpoint of a run that was stopped."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from chatglm_ptuning.config import RUN_CONFIG_FILE, RunConfig
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.training.arguments import RunArguments
+from chatglm_ptuning.training.checkpoints import find_checkpoint, require_whole, set_aside
+
+# Keys that may differ between a stopped run and its continuation without making it another run
+FREE_KEYS = {
+    "model.device",
+    "data.validation_file",
+    "data.test_file",
+    "data.max_eval_samples",
+    "training.output_dir",
+    "training.resume_from_checkpoint",
+}
+
+
+def starting_point(
+    arguments: RunArguments, config: RunConfig, say: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint that a run goes on from; None starts anew, with the earlier run's out of the way.
+
+    Raises:
+        UserError: The checkpoint that was named is not there or not whole, or it is of another run.
+    """
+    output_dir, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    if not resume:
+        if arguments.process_index == 0 and (moved := set_aside(output_dir)) is not None:
+            say(
+                f"the earlier run's checkpoints are in {moved} now; "
+                "training.resume_from_checkpoint=true would have gone on"
+            )
+        return None
+    checkpoint = find_checkpoint(output_dir) if resume is True else require_whole(Path(resume))
+    if checkpoint is None:
+        say(f"no checkpoint in {output_dir} yet: starting at step 0")
+        return None
+    check_processes(checkpoint, arguments, say)
+    check_settings(checkpoint, config, say)
+    say(f"going on from {checkpoint}")
+    return checkpoint
+
+
+def check_processes(checkpoint: Path, arguments: RunArguments, say: Callable[[str], None]) -> None:
+    """Compare the number of processes with the one that wrote the checkpoint.
+
+    Raises:
+        UserError: It differs under DeepSpeed, whose optimizer state is split among them.
+    """
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before == arguments.world_size:
+        return
+    sentence = (
+        f"a resumed run must have as many processes as before, got {arguments.world_size} where {checkpoint} "
+        f"is of {before}"
+    )
+    if arguments.deepspeed:
+        raise UserError(f"{sentence}; start it with NUM_GPUS={before}")
+    say(f"note: {sentence}; sample order and dropout are not those of the stopped run")
+
+
+def check_settings(checkpoint: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Compare the config with the one that the checkpoint was written under.
+
+    Raises:
+        UserError: Model, data or adapter are others.
+    """
+    before = RunConfig.load(checkpoint / RUN_CONFIG_FILE).to_dict()
+    now = config.to_dict()
+    for section in ("model", "data", "adapter", "training"):
+        for key in sorted(before[section].keys() | now[section].keys()):
+            name, old, new = f"{section}.{key}", before[section].get(key), now[section].get(key)
+            if old == new or name in FREE_KEYS or (name == "model.template" and new is None):
+                continue
+            if section != "training":
+                raise UserError(
+                    f"a resumed run must have the settings of its checkpoint, got {name}={new!r} where {checkpoint} "
+                    f"has {old!r}; change it back or start anew in another training.output_dir"
+                )
+            say(f"note: {name} is {new!r} now and was {old!r} when {checkpoint} was written")

@@ -1,0 +1,202 @@
+"""One run, from its config to a scored adapter."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from chatglm_ptuning.evaluation.evaluate import evaluate
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from chatglm_ptuning.config import RunConfig
+from chatglm_ptuning.data.collator import Collator
+from chatglm_ptuning.data.dataset import Prompt, encode_prompts, load_conversations
+from chatglm_ptuning.data.splits import build_dataset
+from chatglm_ptuning.data.template_choice import choose_template
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.models.loading import load_base_model, load_tokenizer
+from chatglm_ptuning.training.arguments import RunArguments, make_arguments
+from chatglm_ptuning.training.callbacks import BeforeFirstStep
+from chatglm_ptuning.training.checkpoints import find_checkpoint
+from chatglm_ptuning.training.interrupt import StopOnSigterm
+from chatglm_ptuning.training.report import RunReport, read_scored, trained_share
+from chatglm_ptuning.training.resume import starting_point
+from chatglm_ptuning.training.trainer import AdapterTrainer, LossError
+from chatglm_ptuning.tuners import add_adapter, disable_adapters
+
+ADAPTER = "default"
+BASE_PREDICTIONS = "base_predictions.jsonl"
+PREDICTIONS = "predictions.jsonl"
+VALIDATION_PREDICTIONS = "validation_predictions.jsonl"
+
+
+def run(config: RunConfig) -> None:
+    """Train what the config says, score it against the untouched base, write it all down and print it.
+
+    Raises:
+        UserError: Something of the config, the data, a checkpoint or the loss is wrong.
+    """
+    started = time.monotonic()
+    arguments = make_arguments(training_settings(config), config.output_dir)
+    output_dir, is_main = Path(arguments.output_dir), arguments.process_index == 0
+    say = print if is_main else lambda text: None
+    checkpoint = starting_point(arguments, config, say)
+
+    # ---- data, first: what is wrong with it shows in seconds
+    tokenizer = load_tokenizer(config.model.path)
+    template = choose_template(config.model.template, tokenizer)
+    config.model.template = template.name  # the adapter is tied to it
+    rows = {}
+    for split in ("train", "validation"):
+        if split == "train" or config.data.validation_file:
+            rows[split], account = build_dataset(config.data, split, template, tokenizer)
+            say(f"{split}: {account}")
+
+    def read_prompts(paths: str | list[str] | None, limit: int | None) -> list[Prompt]:
+        if not paths:
+            return []
+        conversations = load_conversations(paths, config.data, limit)
+        return encode_prompts(conversations, template, tokenizer, config.data)[0]
+
+    limit = config.data.max_eval_samples
+    validation = read_prompts(config.data.validation_file, limit)
+    prompts = read_prompts(config.data.test_file, limit) or validation
+
+    # ---- model, adapter, trainer
+    set_seed(arguments.seed)
+    model = make_model(config, arguments)
+    say(trained_share(model, config.adapter.type))
+
+    def score(questions: list[Prompt], file: str) -> dict[str, float]:
+        path = output_dir / file if is_main else Path(os.devnull)
+        return evaluate(model, tokenizer, template, questions, config.generation, path)
+
+    def describe(directory: Path) -> None:
+        config.save(directory)
+        if config.adapter.type == "full":
+            tokenizer.save_pretrained(directory)
+
+    def before_first_step() -> None:
+        some = prompts or read_prompts(config.data.train_file, 2)
+        try_generation(lambda: score(some[:2], os.devnull))
+        if prompts and checkpoint is None:
+            say(f"scoring the untouched base on {len(prompts):,} rows")
+            with disable_adapters(model):
+                score(prompts, BASE_PREDICTIONS)
+        set_seed(arguments.seed)  # whatever scoring drew
+
+    stop = StopOnSigterm()
+    trainer = AdapterTrainer(
+        adapter_name=None if config.adapter.type == "full" else ADAPTER,
+        describe=describe,
+        score=(lambda: score(validation, VALIDATION_PREDICTIONS))
+        if arguments.predict_with_generate and validation
+        else None,
+        model=model,
+        args=arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[BeforeFirstStep(before_first_step), stop, *early_stopping(arguments)],
+    )
+
+    # ---- train, score, report
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except LossError as error:
+        last = find_checkpoint(output_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
+        raise UserError(f"{error}; {kept}") from error
+    except RuntimeError as error:
+        if torch.distributed.is_initialized() and "connection" in str(error).lower():
+            raise UserError(
+                "all processes must run to the end, but the connection to another one is lost "
+                f"({str(error).splitlines()[0].split('. ')[0]}); see what it said, then go on with "
+                "training.resume_from_checkpoint=true"
+            ) from error
+        raise
+    if stop.received:
+        step = trainer.state.global_step
+        say(f"SIGTERM: step {step} is saved, training.resume_from_checkpoint=true goes on from it")
+        return
+    trainer.save_model(str(output_dir))
+    if prompts:
+        say(f"scoring the tuned model on {len(prompts):,} rows")
+        score(prompts, PREDICTIONS)
+    if is_main:
+        report = RunReport(
+            config,
+            steps=trainer.state.global_step,
+            loss=next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row),
+            base=read_scored(output_dir / BASE_PREDICTIONS) if prompts else None,
+            tuned=read_scored(output_dir / PREDICTIONS) if prompts else None,
+            seconds=time.monotonic() - started,
+        )
+        report.write(output_dir)
+        say(report.text())
+
+
+def training_settings(config: RunConfig) -> dict[str, Any]:
+    """The section `training`, with what other sections say about it.
+
+    Raises:
+        UserError: `model.device` names a single GPU: the processes have one each.
+    """
+    device = config.model.device
+    if device is None:
+        return config.training
+    if device not in ("cpu", "cuda"):
+        raise UserError(
+            f"model.device must be cpu or cuda in training, got {device!r}; choose a GPU by CUDA_VISIBLE_DEVICES"
+        )
+    return {"use_cpu": device == "cpu", **config.training}
+
+
+def make_model(config: RunConfig, arguments: RunArguments) -> PreTrainedModel:
+    """The base with a fresh adapter, or with every weight trainable.
+
+    Raises:
+        UserError: The base is to be trained itself, but not in float32.
+    """
+    tuner, dtype = config.adapter.tuner_config(), config.model.dtype
+    if tuner is None:
+        if dtype not in ("auto", "float32") or config.model.quantization_bit is not None:
+            raise UserError(
+                "model.dtype must be auto or float32 and model.quantization_bit null where every weight is trained, "
+                f"got dtype={dtype!r}; set training.bf16=true to compute in half precision"
+            )
+        dtype = "float32"
+    device = "cpu" if is_deepspeed_zero3_enabled() else arguments.device  # ZeRO-3 places the shards
+    model = load_base_model(config.model.path, dtype, device, config.model.quantization_bit)
+    if tuner is None:
+        return model.requires_grad_(True)
+    add_adapter(model, tuner, ADAPTER)
+    return model
+
+
+def early_stopping(arguments: RunArguments) -> list[EarlyStoppingCallback]:
+    """The callback that ends a run which no longer gets better, where it is asked for.
+
+    Raises:
+        UserError: There is nothing to compare.
+    """
+    patience = arguments.early_stopping_patience
+    if patience is None:
+        return []
+    if not arguments.load_best_model_at_end:
+        raise UserError(
+            f"training.early_stopping_patience={patience} must come with training.load_best_model_at_end=true"
+        )
+    return [EarlyStoppingCallback(patience)]
+
+
+def try_generation(answer: Callable[[], Any]) -> None:
+    """Generate once before step 1, so that a run never dies at its first evaluation hours later."""
+    try:
+        answer()
+    except Exception as error:
+        error.add_note("This was the trial generation on two rows; nothing is trained yet.")
+        raise

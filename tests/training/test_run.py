@@ -1,0 +1,328 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from chatglm_ptuning import cli
+from chatglm_ptuning.config import RunConfig
+from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.models.loading import load_base_model
+from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.training import run as workflow
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+COLOURS = ["红色", "蓝色", "白色", "黑色", "绿色", "黄色"]
+
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random ChatGLM-6B in a directory, with a tokenizer."""
+    directory = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = ChatGLMConfig(
+        vocab_size=2352,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        bos_token_id=2004,
+        eos_token_id=2005,
+        mask_token_id=2000,
+        gmask_token_id=2001,
+        tie_word_embeddings=False,
+    )
+    ChatGLMForConditionalGeneration(config).save_pretrained(directory)
+    for file in (GOLDEN / "tokenizer_v1").iterdir():
+        shutil.copy(file, directory)
+    return directory
+
+
+@pytest.fixture
+def train(base: Path, tmp_path: Path) -> Command:
+    """The command on six rows and three steps; more overrides come after."""
+    lines = [
+        json.dumps(
+            {"content": f"颜色#{colour}", "summary": f"这件是{colour}的。"}, ensure_ascii=False
+        )
+        for colour in COLOURS
+    ]
+    (tmp_path / "rows.json").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        f"""
+        model: {{path: {base}, dtype: float32}}
+        data:
+          train_file: {tmp_path / "rows.json"}
+          validation_file: {tmp_path / "rows.json"}
+          test_file: {tmp_path / "rows.json"}
+        adapter: {{type: ptuning_v2, num_virtual_tokens: 4}}
+        training:
+          output_dir: {tmp_path / "out"}
+          max_steps: 4
+          per_device_train_batch_size: 2
+          learning_rate: 1e-2
+          logging_steps: 1
+          save_steps: 2
+          use_cpu: true
+        generation: {{max_new_tokens: 4}}
+        """,
+        encoding="utf-8",
+    )
+
+    def command(*overrides: str) -> int:
+        return cli.main(["train", "--config", str(tmp_path / "run.yaml"), *overrides])
+
+    return command
+
+
+def losses(directory: Path) -> dict[int, float]:
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_a_run_writes_and_says_all_of_it(
+    train: Command, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    out = tmp_path / "out"
+    scores = json.loads((out / "scores.json").read_text())
+    assert set(scores) == {"base", "tuned"}
+    for values in scores.values():
+        assert {"rouge-1", "rouge-2", "rouge-l", "bleu-4"} <= set(values)
+        assert all(0 <= value <= 100 for value in values.values())
+    for name in ("predictions.jsonl", "base_predictions.jsonl"):
+        assert len((out / name).read_text().splitlines()) == len(COLOURS)
+    assert list(losses(out)) == [1, 2, 3, 4]
+    assert (out / "loss.png").stat().st_size > 5000
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert {name: tuple(t.shape) for name, t in adapter.items()} == {
+        "prefix_encoder.embedding.weight": (4, 128)
+    }
+    assert adapter["prefix_encoder.embedding.weight"].dtype == torch.float32
+    assert RunConfig.load(out / "run_config.yaml").model.template == "chatglm"
+
+    text = capsys.readouterr().out
+    assert "train: 6 of 6 rows used" in text
+    assert "ptuning_v2: 512 of " in text
+    assert "base   tuned   change\n" in text
+    assert (
+        f"{'rouge-l':<10}{scores['base']['rouge-l']:>8.2f}{scores['tuned']['rouge-l']:>8.2f}"
+        in text
+    )
+    assert "prompt     颜色#红色\nreference  这件是红色的。\nbase " in text
+    assert "peak memory" in text
+    assert f"web_demo.py --prefix {out}" in text
+    assert "| " not in (out / "report.md").read_text()
+    assert f"{scores['tuned']['rouge-l']:>8.2f}" in (out / "report.md").read_text()
+
+
+def test_base_weights_stay_as_they_are(
+    train: Command, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[PreTrainedModel] = []
+
+    def load(*args: Any) -> PreTrainedModel:
+        models.append(load_base_model(*args))
+        return models[-1]
+
+    monkeypatch.setattr(workflow, "load_base_model", load)
+    assert train("training.weight_decay=0.1") == 0
+    trained = dict(models[0].named_parameters())
+    untouched = dict(load_base_model(base, "float32").named_parameters())
+    for name, parameter in untouched.items():
+        assert_close(trained.pop(name), parameter, atol=0, rtol=0)
+    assert len(trained) == 1  # the prefix
+
+
+def test_resuming_equals_not_stopping(
+    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert train() == 0
+    whole, weights = losses(out), load_file(out / "adapter_model.safetensors")
+    checkpoint = out / "checkpoint-2"
+    assert (checkpoint / "adapter_model.safetensors").exists()
+    assert (checkpoint / "run_config.yaml").exists()
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 50_000  # no base in it
+    shutil.rmtree(out / "checkpoint-4")
+    assert train("training.resume_from_checkpoint=true") == 0
+    assert f"going on from {checkpoint}" in capsys.readouterr().out
+    assert losses(out) == whole
+    for name, tensor in load_file(out / "adapter_model.safetensors").items():
+        assert_close(tensor, weights[name], atol=0, rtol=0)
+
+
+def test_resuming_without_a_checkpoint_starts(
+    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("training.resume_from_checkpoint=true", "training.max_steps=1") == 0
+    assert f"no checkpoint in {tmp_path / 'out'} yet: starting at step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["adapter.num_virtual_tokens=8", "data.max_source_length=32", "model.dtype=bfloat16"],
+)
+def test_another_run_is_not_resumed(
+    override: str, train: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("training.max_steps=2") == 0
+    assert train("training.resume_from_checkpoint=true", override) == 1
+    name = override.split("=")[0]
+    error = capsys.readouterr().err
+    assert f"a resumed run must have the settings of its checkpoint, got {name}=" in error
+
+
+def test_a_run_can_be_made_longer(
+    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("training.max_steps=2") == 0
+    assert train("training.resume_from_checkpoint=true", "data.test_file=null") == 0
+    assert "note: training.max_steps is 4 now and was 2 when" in capsys.readouterr().out
+    assert list(losses(tmp_path / "out")) == [1, 2, 3, 4]
+
+
+def test_a_new_run_moves_the_earlier_checkpoints(
+    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    assert train("training.max_steps=2") == 0
+    assert "the earlier run's checkpoints are in" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (out / "earlier" / "checkpoint-4").is_dir()
+
+
+def test_every_weight_can_be_trained(train: Command, tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "run.yaml").write_text(
+        (tmp_path / "run.yaml")
+        .read_text()
+        .replace("type: ptuning_v2, num_virtual_tokens: 4", "type: full")
+    )
+    assert train() == 0
+    tuned, untouched = load_base_model(out, "float32"), load_base_model(base, "float32")
+    moved = {
+        name
+        for (name, one), other in zip(tuned.named_parameters(), untouched.parameters(), strict=True)
+        if (one != other).any()
+    }
+    assert {"lm_head.weight", "transformer.layers.0.attention.query_key_value.weight"} <= moved
+    assert (out / "ice_text.model").exists()
+
+
+def test_best_checkpoint_is_kept_and_a_stalled_run_ends(train: Command, tmp_path: Path) -> None:
+    settings = {
+        "max_steps": 30,
+        "learning_rate": 0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": "true",
+        "early_stopping_patience": 2,
+        "predict_with_generate": "true",
+        "metric_for_best_model": "rouge-l",
+    }
+    assert train(*(f"training.{name}={value}" for name, value in settings.items())) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-1")
+    assert max(losses(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.path=/nowhere",
+            "the model's path must be a directory on this machine, got path='/nowhere'",
+        ),
+        ("model.device=cuda:1", "model.device must be cpu or cuda in training, got 'cuda:1'"),
+        ("model.template=chatglm3", "model.template must fit the tokenizer, got 'chatglm3'"),
+        ("data.train_file=nowhere.json", "nowhere.json"),
+        ("data.prompt_column=question", "data.prompt_column"),
+        (
+            "training.resume_from_checkpoint=nowhere",
+            "must be true or a checkpoint directory, got 'nowhere'",
+        ),
+        (
+            "training.early_stopping_patience=2",
+            "must come with training.load_best_model_at_end=true",
+        ),
+        (
+            "training.learning_rate=1e30",
+            "the loss must be a number, got nan at step 2; lower training.learning_rate",
+        ),
+        ("adapter.num_virtual_tokens=0", "num_virtual_tokens must be at least 1, got 0"),
+    ],
+)
+def test_one_sentence_where_the_user_is_wrong(
+    override: str, message: str, train: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(override) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_broken_line_is_named(
+    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "rows.json").open("a", encoding="utf-8") as stream:
+        stream.write('\n{"content": "颜色')
+    assert train() == 1
+    assert f"error: {tmp_path / 'rows.json'}:7: " in capsys.readouterr().err
+
+
+def test_full_training_refuses_half_precision_weights(
+    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        (tmp_path / "run.yaml")
+        .read_text()
+        .replace("type: ptuning_v2, num_virtual_tokens: 4", "type: full")
+    )
+    assert train("model.dtype=bfloat16") == 1
+    assert "model.dtype must be auto or float32" in capsys.readouterr().err
+
+
+def test_lost_run_names_the_last_good_checkpoint(
+    train: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute_loss = workflow.AdapterTrainer.compute_loss
+
+    def spoiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(workflow.AdapterTrainer, "compute_loss", spoiled)
+    assert train() == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(f"the last good checkpoint is {tmp_path / 'out' / 'checkpoint-2'}")
+    )
+
+
+def test_generation_is_tried_before_the_first_step(
+    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(ChatGLMForConditionalGeneration, "generate", fail)
+    with pytest.raises(RuntimeError, match="no kernel for this") as caught:
+        train()
+    assert caught.value.__notes__ == [
+        "This was the trial generation on two rows; nothing is trained yet."
+    ]
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
