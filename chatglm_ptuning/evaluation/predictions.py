@@ -40,7 +40,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         UserError: No such file, or a line that is no prediction.
     """
     try:
-        *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, _cut_off = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UserError(
             f"predictions must be a readable file, got {path}: {error.strerror}"
