@@ -32,9 +32,14 @@ from chatglm_ptuning.version import __version__
 PROJECT = Path(__file__).resolve().parents[1]
 RUN_CONFIG_FILE = "run_config.yaml"
 
-# `adapter.type` -> what describes it, and where its run is written by default
-TUNER_CONFIGS: dict[str, type | None] = {"ptuning_v2": PrefixTuningConfig, "full": None}
-OUTPUT_DIRS = {"ptuning_v2": "outputs/ptuning", "full": "outputs/full"}
+# `adapter.type` -> where its run is written by default
+OUTPUT_DIRS = {
+    "ptuning_v2": "outputs/ptuning",
+    "lora": "outputs/lora",
+    "adalora": "outputs/adalora",
+    "ia3": "outputs/ia3",
+    "full": "outputs/full",
+}
 OTHER_NAMES = {"pre_seq_len": "num_virtual_tokens"}  # as the released ChatGLM scripts call it
 
 
@@ -62,17 +67,30 @@ class AdapterSection:
     """What is trained.
 
     Args:
-        type: A key of `TUNER_CONFIGS`; "full" trains every weight of the base.
+        type: A key of `OUTPUT_DIRS`; "full" trains every weight of the base.
+        start: `adapter.from` in the YAML: an adapter directory whose tensors a new run starts from.
         settings: Fields of that tuner's config class, e.g. num_virtual_tokens.
     """
 
     type: str = "ptuning_v2"
+    start: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def tuner_config(self) -> Any:
         """The tuner's config object; None where every weight is trained."""
-        config_class = TUNER_CONFIGS[self.type]
+        config_class = tuner_class(self.type)
         return None if config_class is None else config_class(**self.settings)
+
+
+def tuner_class(kind: str) -> Any:
+    """The config class of an `adapter.type`; None for "full". peft's are imported here: that takes seconds."""
+    if kind == "full":
+        return None
+    if kind == "ptuning_v2":
+        return PrefixTuningConfig
+    import peft
+
+    return {"lora": peft.LoraConfig, "adalora": peft.AdaLoraConfig, "ia3": peft.IA3Config}[kind]
 
 
 @dataclass
@@ -158,6 +176,8 @@ class RunConfig:
         """The sections as `load` reads them, the versions in use beside them."""
         sections = dataclasses.asdict(self)
         sections["adapter"] = {"type": self.adapter.type, **self.adapter.settings}
+        if self.adapter.start is not None:
+            sections["adapter"]["from"] = os.path.abspath(self.adapter.start)
         sections["training"]["output_dir"] = str(self.output_dir)
         # The adapter is used from other directories than the one it was trained in.
         sections["model"]["path"] = os.path.abspath(self.model.path)
@@ -172,13 +192,17 @@ class RunConfig:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-4 is a number."""
+    """PyYAML's YAML 1.1, but 1e-4 is a number, and yes, no, on and off are text (`eval_strategy: no`)."""
 
 
+BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    FLOAT, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
@@ -290,19 +314,21 @@ def parse_adapter(values: Mapping[str, Any], places: dict[str, str]) -> AdapterS
     """The section `adapter`, whose keys depend on its type."""
     section = dict(values.get("adapter") or {})
     kind = section.pop("type", AdapterSection.type)
-    if kind not in TUNER_CONFIGS:
+    if kind not in OUTPUT_DIRS:
         raise UserError(
-            f"{places['adapter.type']}: adapter.type must be one of {', '.join(TUNER_CONFIGS)}, got {kind!r}"
+            f"{places['adapter.type']}: adapter.type must be one of {', '.join(OUTPUT_DIRS)}, got {kind!r}"
         )
-    config_class = TUNER_CONFIGS[kind]
+    start = section.pop("from", None)
+    check_types({"from": start}, {"from": str | None}, "adapter.", places)
+    config_class = tuner_class(kind)
     fields = {} if config_class is None else typing.get_type_hints(config_class)
     fields = {n: t for n, t in fields.items() if typing.get_origin(t) is not typing.ClassVar}
     for other, key in OTHER_NAMES.items():
         if other in section and key in fields:
             section[key] = section.pop(other)
-    check_keys(section, ["type", *fields], "adapter.", places)
+    check_keys(section, ["type", "from", *fields], "adapter.", places)
     check_types(section, fields, "adapter.", places)
-    return AdapterSection(type=kind, settings=section)
+    return AdapterSection(type=kind, start=start, settings=section)
 
 
 def parse_training(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:

@@ -32,6 +32,15 @@ def test_values_and_overrides(tmp_path: Path) -> None:
     assert config.generation.temperature == 0
 
 
+def test_no_is_a_word_and_false_is_not(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, "training: {eval_strategy: no, bf16: false}", "training.save_strategy=no"
+    )
+    assert config.training == {"eval_strategy": "no", "bf16": False, "save_strategy": "no"}
+    config.save(tmp_path)
+    assert RunConfig.load(tmp_path / RUN_CONFIG_FILE).training["eval_strategy"] == "no"
+
+
 def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert load(tmp_path, "") == RunConfig() == RunConfig.load(None)
 
@@ -70,6 +79,7 @@ def test_full_training_has_no_tuner(tmp_path: Path) -> None:
             "model.quantization_bit must be a whole number or null, got True",
         ),
         ("training: {learning_rate: fast}", "training.learning_rate must be a number, got 'fast'"),
+        ("training: {bf16: yes}", "training.bf16 must be true or false, got 'yes'"),
         ("training: {bf16: 1}", "training.bf16 must be true or false, got 1"),
         (
             "data: {max_source_length: 64.5}",

@@ -60,9 +60,9 @@ class Pretraining:
         seed: Of weights and text.
     """
 
-    num_steps: int = 1200
-    batch_tokens: int = 6144
-    learning_rate: float = 2e-3
+    num_steps: int = 2400
+    batch_tokens: int = 3072
+    learning_rate: float = 2.5e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
     seed: int = 1

@@ -108,13 +108,27 @@ ENDINGS = (
     "真是一次愉快的购物",
     "朋友们都来问是哪里买的",
 )
-DAYS = (
+DAYS = (  # {a} is worn, {b} is used; between them they hold the everyday words of advertisements
     "{t}，{p}穿上{a}，坐在{b}旁边看书。",
     "{p}把{b}放好，又把{a}叠起来。",
     "{t}，{p}带着{b}去朋友家，身上穿着{a}。",
     "{w}里有{a}，也有{b}，{p}看了很久。",
     "{p}说：{a}配{b}，真是好看。",
     "{p}问：{a}和{b}，哪个更便宜？",
+    "{t}，{p}打开衣橱，怎么也找不到{a}。",
+    "{p}本来只想看看，{a}却让人心动。",
+    "{p}说：不妨带上{b}，路上用得着。",
+    "{p}想：{b}自用不错，送人也合适。",
+    "给家里添{b}，{p}觉得多一份温度。",
+    "{p}每天看着{b}，心里很欢喜。",
+    "{p}过日子很讲究，{a}总是干干净净。",
+    "从今天开始，{p}要认真生活，先买了{b}。",
+    "{a}是{p}日常上班穿的，值得多买一件。",
+    "{p}怎能忘了{b}，又回去把它带回家。",
+    "谁不想拥有{a}呢，{p}高兴得像个孩子。",
+    "{a}一上身，{p}就让大家认不出来了。",
+    "好日子里少了{b}可不行，{p}想要一个新的。",
+    "{p}说：{a}也能穿出新意，心情大不一样。",
 )
 CLOTHES = tuple(kind for kind in KINDS if kind.is_clothing)
 HOUSEHOLD = tuple(kind for kind in KINDS if not kind.is_clothing)
@@ -339,13 +353,13 @@ def tell_differences(rng: Random) -> Example:
 
 
 WRITERS: tuple[tuple[Callable[[Random], Example], int], ...] = (
-    (answer_question, 34),
-    (tell_story, 30),
+    (answer_question, 32),
+    (tell_story, 28),
     (compare, 8),
     (answer_twice, 6),
     (tell_knowledge, 6),
     (chat, 6),
-    (tell_day, 4),
+    (tell_day, 8),
     (tell_differences, 3),
     (take_note, 3),
 )

@@ -1,0 +1,1 @@
+"""The networks, their tokenizers, and what reads them from disk."""

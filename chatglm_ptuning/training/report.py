@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from chatglm_ptuning.evaluation.evaluate import score_file
 from torch import nn
 
 from chatglm_ptuning.config import PROJECT, RunConfig
+from chatglm_ptuning.evaluation.evaluate import score_file
 from chatglm_ptuning.training.callbacks import duration
 
 SAMPLES = 2

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chatglm_ptuning.evaluation.evaluate import evaluate
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -17,7 +16,9 @@ from chatglm_ptuning.data.dataset import Prompt, encode_prompts, load_conversati
 from chatglm_ptuning.data.splits import build_dataset
 from chatglm_ptuning.data.template_choice import choose_template
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.models.loading import load_base_model, load_tokenizer
+from chatglm_ptuning.evaluation.evaluate import evaluate
+from chatglm_ptuning.models.loading import load_base_model
+from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
 from chatglm_ptuning.training.arguments import RunArguments, make_arguments
 from chatglm_ptuning.training.callbacks import BeforeFirstStep
 from chatglm_ptuning.training.checkpoints import find_checkpoint

@@ -140,6 +140,12 @@ class AdapterTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
         return (loss, outputs) if return_outputs else loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: not one step more
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(
         self,
         model: nn.Module,

@@ -164,11 +164,11 @@ def test_full_disk_leaves_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
 def test_resumed_run_equals_the_one_never_stopped(
     step: int, strategy: str, train: Train, tmp_path: Path
 ) -> None:
-    """12 rows in batches of 2 with 2 accumulated: 3 steps an epoch, so 3 ends the first and 5 is inside the second."""
+    """12 rows in batches of 2 with 2 accumulated, so 3 steps an epoch: at its end, inside the second, at the last."""
     settings = {
         "max_steps": 7,
         "per_device_train_batch_size": 2,

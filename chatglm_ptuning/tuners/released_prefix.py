@@ -1,0 +1,97 @@
+"""P-Tuning v2 prefixes as the released ChatGLM training wrote them: `pytorch_model.bin`, read and written.
+
+The files hold `transformer.prefix_encoder.*` (whole checkpoints of the trainer) or the bare `embedding.*` and
+`trans.*`, in half precision or float32. Length and projection are read off the shapes.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.tuners.prefix import SAVED, PrefixTuningConfig
+
+RELEASED = "transformer.prefix_encoder."
+PARTS = ("embedding.", "trans.")
+FILES = ("pytorch_model.bin", "model.safetensors")
+
+
+def read_released_prefix(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a released prefix.
+
+    Args:
+        path: A file, or a directory with `pytorch_model.bin` (or `model.safetensors`, or either in parts).
+
+    Returns:
+        The content of an adapter_config.json, and the tensors under our names in float32.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it holds no prefix.
+    """
+    files = [path] if path.is_file() else prefix_files(path)
+    state: dict[str, Tensor] = {}
+    for file in files:
+        for key, value in read_tensors(file).items():
+            name = key.removeprefix(RELEASED).removeprefix(SAVED)
+            if key.startswith((RELEASED, SAVED, *PARTS)) and name.startswith(PARTS):
+                state[name] = value.float()
+    if "embedding.weight" not in state:
+        raise UserError(
+            f"an adapter must be a directory with adapter_config.json or a released P-Tuning checkpoint, got"
+            f" {str(path)!r} without a prefix in it; give the directory that training wrote"
+        )
+    config = {
+        "peft_type": PrefixTuningConfig.peft_type,
+        "num_virtual_tokens": state["embedding.weight"].shape[0],
+        "prefix_projection": "trans.0.weight" in state,
+    }
+    return config, {f"{SAVED}{name}": value for name, value in state.items()}
+
+
+def prefix_files(directory: Path) -> list[Path]:
+    """The files of weights in a directory.
+
+    Raises:
+        UserError: There are none.
+    """
+    for single in FILES:
+        if (directory / single).is_file():
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return [directory / n for n in sorted({f for k, f in names.items() if RELEASED in k})]
+    raise UserError(
+        f"an adapter must be a directory with adapter_config.json or a released P-Tuning checkpoint, got"
+        f" {str(directory)!r}; give the directory that training wrote"
+    )
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Named tensors of a file; pickles are read with `weights_only=True`.
+
+    Raises:
+        UserError: The file is damaged or holds something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else "it ends early"
+        raise UserError(
+            f"{file} must be a whole file of tensors, got one that cannot be read ({reason}); copy it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file} must hold named tensors, got {type(content).__name__}")
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
