@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the user's input or data is wrong (one sentence on stderr)
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,23 @@ def train(args: argparse.Namespace) -> None:
     from chatglm_ptuning.training.run import run
 
     run(RunConfig.load(args.config, args.overrides))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score an adapter, a whole model or a file of predictions."""
+    from chatglm_ptuning.evaluation.run import evaluate_directory, score_predictions_file
+
+    if args.what.is_file():
+        score_predictions_file(args.what)
+    else:
+        evaluate_directory(args.what, args.overrides, args.resume)
+
+
+def demo_model(args: argparse.Namespace) -> None:
+    """Make the demo's model and data anew."""
+    from chatglm_ptuning.demo.build import build_demo
+
+    build_demo(args.directory)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,6 +67,33 @@ def make_parser() -> argparse.ArgumentParser:
         help="YAML file of the run (default: P-Tuning v2 on the demo model and data)",
     )
     command.set_defaults(run=train, takes_overrides=True)
+
+    command = commands.add_parser(
+        "evaluate",
+        help="score an adapter or a model on its test rows: ROUGE-1/2/L, BLEU-4",
+        usage=f"chatglm-ptuning evaluate [--resume] DIRECTORY|predictions.jsonl {OVERRIDES}",
+        epilog="Answers, scores and report go to DIRECTORY/evaluation. A file of predictions is scored as it is, "
+        "without a model. Example: evaluate outputs/ptuning data.test_file=other.json generation.num_beams=4",
+    )
+    command.add_argument(
+        "what",
+        type=Path,
+        metavar="DIRECTORY",
+        help="an adapter directory, a checkpoint directory, or a predictions.jsonl",
+    )
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the answers that an interrupted evaluation wrote",
+    )
+    command.set_defaults(run=evaluate, takes_overrides=True)
+
+    command = commands.add_parser(
+        "demo-model",
+        help="make the demo's model and data anew (about 20 minutes on two cores)",
+    )
+    command.add_argument("directory", type=Path, metavar="DIR", help="gets model/ and data/")
+    command.set_defaults(run=demo_model)
     return parser
 
 
@@ -72,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = parse(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("chatglm_ptuning").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody asked for
     try:
         args.run(args)
     except UserError as error:

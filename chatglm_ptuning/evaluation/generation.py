@@ -131,7 +131,7 @@ def answering(
         model.train(was_training)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights in here that training goes on with
 def answer_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Generate once for several prompts, as the model's generation config says.
 

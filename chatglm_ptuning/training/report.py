@@ -1,6 +1,5 @@
 """What a run says at its end: scores of base and tuned model side by side, a few answers, cost, what to do next."""
 
-import json
 import os
 import resource
 import sys
@@ -11,20 +10,15 @@ import torch
 from torch import nn
 
 from chatglm_ptuning.config import PROJECT, RunConfig
-from chatglm_ptuning.evaluation.evaluate import score_file
+from chatglm_ptuning.evaluation.report import (
+    REPORT_FILE,
+    Scored,
+    fenced,
+    samples,
+    score_table,
+    write_scores,
+)
 from chatglm_ptuning.training.callbacks import duration
-
-SAMPLES = 2
-SCORES_FILE = "scores.json"
-REPORT_FILE = "report.md"
-
-
-@dataclass
-class Scored:
-    """Scores 0-100 by metric, and the rows they are of: prompt, reference, prediction."""
-
-    scores: dict[str, float]
-    rows: list[dict[str, str]]
 
 
 @dataclass
@@ -35,31 +29,26 @@ class RunReport:
         config: The run's.
         steps: Optimizer steps made.
         loss: Of the last training log.
-        base: Of the base without the adapter; None where nothing was scored.
-        tuned: Of the base with it.
+        scored: "base" without the adapter and "tuned" with it; empty where nothing was scored.
         seconds: From start to end.
     """
 
     config: RunConfig
     steps: int
     loss: float
-    base: Scored | None
-    tuned: Scored | None
+    scored: dict[str, Scored]
     seconds: float
 
     def write(self, directory: Path) -> None:
         """Write scores.json and report.md."""
-        if self.base is not None and self.tuned is not None:
-            scores = {"base": self.base.scores, "tuned": self.tuned.scores}
-            (directory / SCORES_FILE).write_text(
-                json.dumps(scores, indent=2) + "\n", encoding="utf-8"
-            )
+        if self.scored:
+            write_scores(self.scored, directory)
         (directory / REPORT_FILE).write_text(self.markdown(), encoding="utf-8")
 
     def text(self) -> str:
         """For the terminal."""
         return "\n".join(
-            ["", *self.table(), "", *self.samples(), *self.outcome(), "", *self.next_steps()]
+            ["", *self.table(), "", *samples(self.scored), *self.outcome(), "", *self.next_steps()]
         )
 
     def markdown(self) -> str:
@@ -68,7 +57,7 @@ class RunReport:
         parts = [
             [title],
             fenced(self.table()),
-            fenced(self.samples()),
+            fenced(samples(self.scored)),
             self.outcome(),
             fenced(self.next_steps()),
         ]
@@ -76,28 +65,9 @@ class RunReport:
 
     def table(self) -> list[str]:
         """Base and tuned scores side by side."""
-        if self.base is None or self.tuned is None:
+        if not self.scored:
             return ["nothing was scored: data.test_file and data.validation_file are not set"]
-        lines = [f"{len(self.tuned.rows):,} rows, scores 0-100"]
-        lines.append(f"{'':<10}{'base':>8}{'tuned':>8}{'change':>9}")
-        for name, tuned in self.tuned.scores.items():
-            base = self.base.scores[name]
-            lines.append(f"{name:<10}{base:>8.2f}{tuned:>8.2f}{tuned - base:>+9.2f}")
-        return lines
-
-    def samples(self) -> list[str]:
-        """The first few prompts with their answers."""
-        lines: list[str] = []
-        if self.base is not None and self.tuned is not None:
-            for base, tuned in list(zip(self.base.rows, self.tuned.rows, strict=True))[:SAMPLES]:
-                lines += [
-                    f"prompt     {tuned['prompt']}",
-                    f"reference  {tuned['reference']}",
-                    f"base       {base['prediction']}",
-                    f"tuned      {tuned['prediction']}",
-                    "",
-                ]
-        return lines
+        return score_table(self.scored)
 
     def outcome(self) -> list[str]:
         """Steps, loss, time, memory, files."""
@@ -117,17 +87,6 @@ class RunReport:
             "score it again:  "
             + f"bash {os.path.relpath(PROJECT / 'scripts/evaluate.sh')} {where}",
         ]
-
-
-def read_scored(file: Path) -> Scored:
-    """Score a file of predictions."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return Scored(score_file(file), [json.loads(line) for line in lines])
-
-
-def fenced(lines: list[str]) -> list[str]:
-    """Lines as a block of code in Markdown."""
-    return ["```", *lines, "```"] if lines else []
 
 
 def trained_share(model: nn.Module, kind: str) -> str:

@@ -17,20 +17,19 @@ from chatglm_ptuning.data.splits import build_dataset
 from chatglm_ptuning.data.template_choice import choose_template
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.evaluate import evaluate
+from chatglm_ptuning.evaluation.report import BASE_PREDICTIONS, PREDICTIONS, read_scored
 from chatglm_ptuning.models.loading import load_base_model
 from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
 from chatglm_ptuning.training.arguments import RunArguments, make_arguments
 from chatglm_ptuning.training.callbacks import BeforeFirstStep
 from chatglm_ptuning.training.checkpoints import find_checkpoint
 from chatglm_ptuning.training.interrupt import StopOnSigterm
-from chatglm_ptuning.training.report import RunReport, read_scored, trained_share
+from chatglm_ptuning.training.report import RunReport, trained_share
 from chatglm_ptuning.training.resume import starting_point
 from chatglm_ptuning.training.trainer import AdapterTrainer, LossError
 from chatglm_ptuning.tuners import add_adapter, disable_adapters
 
 ADAPTER = "default"
-BASE_PREDICTIONS = "base_predictions.jsonl"
-PREDICTIONS = "predictions.jsonl"
 VALIDATION_PREDICTIONS = "validation_predictions.jsonl"
 
 
@@ -128,12 +127,13 @@ def run(config: RunConfig) -> None:
         say(f"scoring the tuned model on {len(prompts):,} rows")
         score(prompts, PREDICTIONS)
     if is_main:
+        files = {"base": BASE_PREDICTIONS, "tuned": PREDICTIONS} if prompts else {}
+        scored = {name: read_scored(output_dir / file) for name, file in files.items()}
         report = RunReport(
             config,
             steps=trainer.state.global_step,
             loss=next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row),
-            base=read_scored(output_dir / BASE_PREDICTIONS) if prompts else None,
-            tuned=read_scored(output_dir / PREDICTIONS) if prompts else None,
+            scored=scored,
             seconds=time.monotonic() - started,
         )
         report.write(output_dir)
