@@ -55,7 +55,7 @@ class ChatGLMConfig(PreTrainedConfig):
     position_encoding_2d: bool = True
     alpha_num_layers: int = 28
     use_cache: bool = True
-    bos_token_id: int | None = 130004
+    bos_token_id: int = 130004
     eos_token_id: int | list[int] | None = 130005
     mask_token_id: int = 130000
     gmask_token_id: int = 130001

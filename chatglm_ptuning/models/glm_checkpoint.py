@@ -347,7 +347,7 @@ def save_released(
     if len(shards) == 1:
         torch.save({name: fused(name) for name in names}, directory / "pytorch_model.bin")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
         torch.save({name: fused(name) for name in shard}, directory / file)

@@ -138,7 +138,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
         return torch.bfloat16 if native else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    if resolved is None or resolved not in DTYPES.values():
         raise UserError(
             f"dtype must be auto, {', '.join(DTYPES)}, got dtype={dtype!r}; correct its name"
         )

@@ -83,7 +83,7 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_fn(
-    module: nn.Module,
+    module: "SelfAttention",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -117,6 +117,9 @@ def attention_fn(
     weights = (scores * coefficient).softmax(dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+eager_attention_forward = attention_fn  # under this name others find a modeling file's eager form
 
 
 class SelfAttention(nn.Module):
@@ -176,8 +179,8 @@ class GLU(nn.Module):
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN["gelu_pytorch_tanh"]
 
     def forward(self, hidden_states: Tensor) -> Tensor:

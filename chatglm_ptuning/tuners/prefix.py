@@ -113,13 +113,14 @@ class PrefixEncoder(nn.Module):
     def __init__(self, config: PrefixTuningConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.embedding_size if config.prefix_projection else config.kv_size
+        hidden_size: Any = config.hidden_size  # a number once `fit` has filled it in
+        width: Any = config.embedding_size if config.prefix_projection else config.kv_size
         self.embedding = nn.Embedding(config.num_virtual_tokens, width)
         if config.prefix_projection:
             self.trans = nn.Sequential(
-                nn.Linear(width, config.hidden_size),
+                nn.Linear(width, hidden_size),
                 nn.Tanh(),
-                nn.Linear(config.hidden_size, config.kv_size),
+                nn.Linear(hidden_size, config.kv_size),
             )
         self._memo: tuple[object, Tensor] | None = None
 
@@ -180,7 +181,7 @@ class PrefixTuning(nn.Module):
 
     def __init__(self, decoder: PreTrainedModel) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict()
+        self.encoders: dict[str, PrefixEncoder] = nn.ModuleDict()  # type: ignore[assignment]
         self.active: list[str | None] = []
         self._implementation = decoder.config._attn_implementation
         decoder.set_attn_implementation(prefix_implementation(self._implementation))
@@ -273,7 +274,7 @@ def extend_mask(mask: Tensor, prefix: PrefixKeyValues, length: int) -> Tensor:
 
 
 def attend_with_prefix(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
