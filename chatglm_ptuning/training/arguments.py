@@ -1,6 +1,7 @@
 """The section `training` of a run: `Seq2SeqTrainingArguments` word for word, with this project's defaults."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -61,6 +62,8 @@ class RunArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         if self.use_cpu is None:
             self.use_cpu = not torch.accelerator.is_available()
+        if self.use_cpu:  # DeepSpeed, which accelerate imports where it is installed, else warns of it
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         super().__post_init__()
 
 
