@@ -1,6 +1,6 @@
 """One answer under way: what was asked, how far it is, and who is told."""
 
-import time
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +12,8 @@ from chatglm_ptuning.data.conversation import Message
 from chatglm_ptuning.data.template import Template
 from chatglm_ptuning.serving.sampling import Chooser, Sampling
 from chatglm_ptuning.serving.text import AnswerText
+
+logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
@@ -43,7 +45,7 @@ class Answer:
     Args:
         prompt_ids: The prompt.
         adapter: Name of the adapter that answers; None for the base.
-        prefix: The adapter's keys and values [L, 2, K, P, D]; None if it has none.
+        prefix: The adapter's keys and values [L, 2, K, P, D]; None for LoRA and for the base.
         sampling: How tokens are chosen.
         emit: Called with every update, from the engine's thread; must not block.
         template: The chat format.
@@ -70,13 +72,17 @@ class Answer:
         self.stop_ids = set(template.stop_token_ids(tokenizer))
         self.chooser = Chooser(sampling, prompt_ids)
         self.text = AnswerText(tokenizer.decode, template.parse_response, sampling.stop, tools)
-        self.submitted = time.monotonic()
         self.is_cancelled = False
         self.finish_reason: FinishReason | None = None
 
     def cancel(self) -> None:
         """Give the answer up; its last update comes at the next token."""
         self.is_cancelled = True
+
+    @property
+    def lora(self) -> str | None:
+        """The adapter where it is one that the model applies itself; None where the cache says it all."""
+        return self.adapter if self.prefix is None else None
 
     @property
     def num_tokens(self) -> int:
@@ -121,5 +127,6 @@ class Answer:
     def _tell(self, update: Update) -> None:
         try:
             self.emit(update)
-        except RuntimeError:  # the caller's event loop is closed
+        except Exception:  # a caller's fault must not reach the other answers
+            logger.warning("an answer is given up: its caller cannot be told", exc_info=True)
             self.cancel()

@@ -1,12 +1,15 @@
 """The running batch: answers that get their next tokens from the same forward passes.
 
 Every row has its own adapter. A prefix of P-Tuning v2 is nothing but keys and values in front of the prompt's, so it is
-copied into the cache of its row, and rows with different prefixes and with none are alike from there on.
+copied into the cache of its row, and rows with different prefixes and with none are alike from there on. LoRA is told
+which rows are its own before every forward pass (peft's mixed batch).
 
 Shapes: N answers, S prompt tokens, P virtual tokens, L layers, K key-value heads, D channels of a head.
 """
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +19,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from chatglm_ptuning.serving.answer import Answer
 from chatglm_ptuning.serving.cache import BatchCache, tokens_mask
 from chatglm_ptuning.serving.sampling import choose_tokens
+from chatglm_ptuning.tuners import active_adapters, set_adapter
+
+logger = logging.getLogger(__name__)
 
 
 class Batch:
     """Answers under way, one a row of the cache.
 
     Args:
-        model: Any decoder of transformers; its own prefixes are switched off.
+        model: Any decoder of transformers, without prefixes of its own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,19 +57,20 @@ class Batch:
         cache, prefix_mask = prefix_cache([answer.prefix for answer in answers], self.model.device)
         mask = torch.cat((prefix_mask, mask), dim=1)
         self._choose(answers, ids, mask, positions[..., :-2], cache)
-        for row, answer in enumerate(answers):
-            if answer.finish_reason is None:
-                own = slice(-lengths[row], None)
-                prompt = torch.stack(
-                    [
-                        torch.stack((x.keys[row, :, own], x.values[row, :, own]))
-                        for x in cache.layers
-                    ]
-                )
-                self._cache.add_row([prompt] if answer.prefix is None else [answer.prefix, prompt])
-                self.answers.append(answer)
-                self._positions.append(positions[row, ..., -2:-1])
-                self._strides.append(positions[row, ..., -1:] - positions[row, ..., -2:-1])
+        going = [row for row, answer in enumerate(answers) if answer.finish_reason is None]
+        if not going:
+            return
+        parts = []
+        for row in going:
+            own, prefix = slice(-lengths[row], None), answers[row].prefix
+            layers = [(x.keys[row, :, own], x.values[row, :, own]) for x in cache.layers]
+            prompt = torch.stack([torch.stack(layer) for layer in layers])
+            parts.append([prompt] if prefix is None else [prefix, prompt])
+        self._cache.add_rows(parts)
+        for row in going:
+            self.answers.append(answers[row])
+            self._positions.append(positions[row, ..., -2:-1])
+            self._strides.append(positions[row, ..., -1:] - positions[row, ..., -2:-1])
 
     def step(self) -> None:
         """Give every answer its next token; those that end leave."""
@@ -76,10 +83,11 @@ class Batch:
 
     def leave(self) -> None:
         """Let the rows go whose answers have ended; the last row takes the place of each."""
+        columns: tuple[list[Any], ...] = (self.answers, self._positions, self._strides)
         for row in range(len(self.answers) - 1, -1, -1):
             if self.answers[row].finish_reason is not None:
                 self._cache.remove_row(row)
-                for column in (self.answers, self._positions, self._strides):
+                for column in columns:
                     column[row] = column[-1]
                     column.pop()
 
@@ -87,6 +95,9 @@ class Batch:
         self, answers: Sequence[Answer], ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache
     ) -> None:
         """One forward pass, and a token for every answer."""
+        rows = [answer.lora for answer in answers] if any(a.lora for a in answers) else []
+        if active_adapters(self.model) != rows:
+            set_adapter(self.model, rows)
         logits = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -97,7 +108,11 @@ class Batch:
         ).logits[:, -1]
         tokens = choose_tokens(logits, [answer.chooser for answer in answers])
         for answer, token in zip(answers, tokens, strict=True):
-            answer.add(token)
+            try:
+                answer.add(token)
+            except Exception as error:  # of one answer: its text cannot be made or parsed
+                logger.exception("an answer had to be given up")
+                answer.fail(f"{type(error).__name__}: {error}")
 
     def _number(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Positions of prompts and of the two tokens that will follow: [N, S + 2], or [N, axes, S + 2].
@@ -111,7 +126,7 @@ class Batch:
             return decoder.get_position_ids(ids, mask)
         return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
-    def _tensor(self, values: list) -> Tensor:
+    def _tensor(self, values: list[list[int]]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
 
 

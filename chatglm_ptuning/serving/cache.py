@@ -49,19 +49,20 @@ class BatchCache(Cache):
         """Columns in use: the length of the longest row, in tokens."""
         return max(self.lengths, default=0)
 
-    def add_row(self, key_values: Sequence[Tensor]) -> None:
-        """Let a row join.
+    def add_rows(self, rows: Sequence[Sequence[Tensor]]) -> None:
+        """Let rows join.
 
         Args:
-            key_values: Its parts one after another, each [L, 2, K, tokens, D].
+            rows: Of each its parts one after another, each [L, 2, K, tokens, D].
         """
-        length = sum(part.shape[3] for part in key_values)
-        self._make_room(len(self.lengths) + 1, max(length, self.width), 1)
-        row, column = len(self.lengths), self.end - length
-        for part in key_values:
-            self.buffer[:, :, row, :, column : column + part.shape[3]] = part
-            column += part.shape[3]
-        self.lengths.append(length)
+        lengths = [sum(part.shape[3] for part in parts) for parts in rows]
+        self._make_room(len(self.lengths) + len(rows), max([self.width, *lengths]), 1)
+        for parts, length in zip(rows, lengths, strict=True):
+            row, column = len(self.lengths), self.end - length
+            for part in parts:
+                self.buffer[:, :, row, :, column : column + part.shape[3]] = part
+                column += part.shape[3]
+            self.lengths.append(length)
 
     def remove_row(self, row: int) -> None:
         """Let a row leave; the last row takes its place."""

@@ -7,13 +7,14 @@ The queue, the prompts, the answers and the cache are bounded; what is over a bo
 """
 
 import logging
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,38 +24,22 @@ from chatglm_ptuning.data.conversation import Message
 from chatglm_ptuning.data.template import Template
 from chatglm_ptuning.data.tool_calls import plain_function
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.serving.answer import Answer, Update
+from chatglm_ptuning.loading import template_of
+from chatglm_ptuning.serving.answer import Answer, FinishReason, Update
 from chatglm_ptuning.serving.batch import Batch
 from chatglm_ptuning.serving.cache import SLACK
+from chatglm_ptuning.serving.limits import BusyError, Limits, check_lengths, fitting_tokens
 from chatglm_ptuning.serving.sampling import Sampling
-from chatglm_ptuning.tuners import prefix
+from chatglm_ptuning.tuners import (
+    delete_adapter,
+    list_adapters,
+    load_adapter,
+    lora,
+    prefix,
+    set_adapter,
+)
 
 logger = logging.getLogger(__name__)
-
-
-class BusyError(RuntimeError):
-    """The engine takes no more requests now; try again later."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine accepts.
-
-    Args:
-        max_batch: Answers generated at the same time.
-        max_waiting: Requests that may wait for a place in the batch.
-        max_prompt_tokens: Longest prompt.
-        max_answer_tokens: Longest answer that can be asked for.
-        max_cached_tokens: Rows times columns of the cache; requests that would go over it wait.
-        max_prefill_tokens: Rows times columns of the prompts read in one forward pass, if it is more than one.
-    """
-
-    max_batch: int = 32
-    max_waiting: int = 256
-    max_prompt_tokens: int = 2048
-    max_answer_tokens: int = 2048
-    max_cached_tokens: int = 65536
-    max_prefill_tokens: int = 4096
 
 
 class Engine:
@@ -78,17 +63,21 @@ class Engine:
         self.tokenizer = tokenizer
         self.template = template
         self.limits = limits if limits is not None else Limits()
-        self.finished: Counter[str] = Counter()  # answers by finish reason
-        self.tokens: Counter[str] = (
-            Counter()
-        )  # "prompt" and "completion" tokens of all answers that have ended
-        self._prefixes: dict[str, Tensor] = {}
+        # answers by finish reason, and "prompt" and "completion" tokens of all answers that have ended
+        self.finished = Counter(dict.fromkeys(get_args(FinishReason), 0))
+        self.tokens = Counter({"prompt": 0, "completion": 0})
+        self._context = model.config.max_position_embeddings
+        cached = self.limits.max_cached_tokens
+        self.max_cached_tokens = cached if cached is not None else fitting_tokens(model)
+        self._adapters: dict[str, Tensor | None]  # a prefix's keys and values; None for LoRA
+        self._retired: set[str] = set()  # removed LoRA that still answers
         self._waiting: deque[Answer] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._is_closing = False
         self._changed = threading.Condition()
+        with torch.no_grad():
+            self._adapters = {name: self._take(name) for name in list_adapters(model)}
         with torch.inference_mode():
-            self._take_prefixes()
             self._batch = Batch(model)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -98,12 +87,14 @@ class Engine:
     @property
     def adapters(self) -> list[str]:
         """Names of the loaded adapters."""
-        return sorted(self._prefixes)
+        with self._changed:
+            return sorted(self._adapters)
 
     @property
     def load(self) -> tuple[int, int]:
         """Answers in the batch, and requests waiting."""
-        return len(self._batch.answers), len(self._waiting)
+        with self._changed:
+            return len(self._batch.answers), len(self._waiting)
 
     def encode(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """The prompt of a conversation, exactly as in training.
@@ -112,6 +103,30 @@ class Engine:
             UserError: The chat format cannot hold these messages.
         """
         return self.template.encode_prompt(self.tokenizer, messages, tools)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The prompt of a bare text that the model continues, with the control tokens its family begins with.
+
+        Raises:
+            UserError: The text is no valid Unicode.
+        """
+        ids = self.tokenizer.encode_ordinary(text)
+        return self.tokenizer.build_inputs_with_special_tokens(ids)
+
+    def longest_answer(self, prompt_ids: Sequence[int], adapter: str | None = None) -> int:
+        """The largest `max_tokens` that this prompt allows; below 1 if the prompt itself is too long.
+
+        Raises:
+            UserError: No such adapter.
+        """
+        with self._changed:
+            key_values = self._find(adapter)
+        virtual = key_values.shape[3] if key_values is not None else 0
+        return min(
+            self.limits.max_answer_tokens,
+            self._context - len(prompt_ids),
+            self.max_cached_tokens - SLACK - virtual - len(prompt_ids),
+        )
 
     def submit(
         self,
@@ -138,8 +153,6 @@ class Engine:
             UserError: No such adapter, or something is longer than the limits allow.
             BusyError: The queue is full, or the engine is closing.
         """
-        with self._changed:
-            prefix = self._find(adapter)
         names = [plain_function(tool)["name"] for tool in tools] if tools else ()
 
         def tell(update: Update) -> None:
@@ -149,11 +162,18 @@ class Engine:
                 self.tokens["completion"] += update.completion_tokens
             emit(update)
 
-        answer = Answer(
-            prompt_ids, adapter, prefix, sampling, tell, self.template, self.tokenizer, names
-        )
-        self._check_lengths(answer)
-        with self._changed:
+        with self._changed:  # whole: the adapter must not be removed between look-up and queue
+            answer = Answer(
+                prompt_ids,
+                adapter,
+                self._find(adapter),
+                sampling,
+                tell,
+                self.template,
+                self.tokenizer,
+                names,
+            )
+            check_lengths(answer, self.limits, self.max_cached_tokens, self._context)
             if self._is_closing:
                 raise BusyError("the server is shutting down")
             if len(self._waiting) >= self.limits.max_waiting:
@@ -178,7 +198,9 @@ class Engine:
 
     def close(self, drain: bool = True) -> None:
         """Take no more requests, end those under way (`drain` lets them finish), and stop the thread."""
-        with self._changed:
+        with (
+            self._changed
+        ):  # the engine's thread changes the batch outside it, `list` copies in one go
             self._is_closing = True
             for answer in [] if drain else [*self._batch.answers, *self._waiting]:
                 answer.cancel()
@@ -186,51 +208,87 @@ class Engine:
         self._thread.join()
 
     def _find(self, adapter: str | None) -> Tensor | None:
+        """Keys and values of an adapter that is a prefix; the lock must be held."""
         if adapter is None:
             return None
-        if adapter not in self._prefixes:
-            known = ", ".join(self.adapters) or "none: no adapter is loaded"
+        if adapter not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none: no adapter is loaded"
             raise UserError(f"adapter must be one of those loaded ({known}), got {adapter!r}")
-        return self._prefixes[adapter]
-
-    def _check_lengths(self, answer: Answer) -> None:
-        limits, longest_answer = self.limits, answer.sampling.max_tokens
-        prompt, context = len(answer.prompt_ids), self.model.config.max_position_embeddings
-        rules = [
-            (prompt, limits.max_prompt_tokens, "the prompt"),
-            (longest_answer, limits.max_answer_tokens, "max_tokens"),
-            (prompt + longest_answer, context, "the prompt and max_tokens together"),
-            (
-                answer.longest,
-                limits.max_cached_tokens - SLACK,
-                "prefix, prompt and max_tokens together",
-            ),
-        ]
-        for length, bound, what in rules:
-            if length > bound:
-                raise UserError(
-                    f"{what} must be at most {bound} tokens here, got {length}; ask for less"
-                )
+        return self._adapters[adapter]
 
     # ---- adapters
+
+    def add_adapter(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Load one more adapter between two tokens; answers under way go on after it.
+
+        Args:
+            name: What it is called from now on; must be new.
+            directory: A prefix or a LoRA adapter for this base.
+
+        Raises:
+            UserError: The name is taken, or the directory holds no adapter for this base that can share a batch; all
+                is then as before.
+            BusyError: The engine is closing.
+        """
+
+        def load() -> None:
+            if name in self._adapters or name in self._retired:
+                raise UserError(
+                    f"an adapter's name must be new, got {name!r} which is loaded or still answers; remove that one or"
+                    " choose another"
+                )
+            template_of(self.tokenizer, self.template.name, [Path(directory)])
+            with torch.inference_mode(False), torch.no_grad():
+                load_adapter(self.model, directory, name)
+                key_values = self._take(name)
+            with self._changed:
+                self._adapters[name] = key_values
+
+        self._do(load)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; answers under way go on with it.
 
         Raises:
             UserError: No such adapter.
+            BusyError: The engine is closing.
         """
         with self._changed:
-            self._find(name)
-            del self._prefixes[name]
+            if self._find(name) is None:
+                self._retired.add(name)
+            del self._adapters[name]
+        self._do(self._drop_retired)
 
-    def _take_prefixes(self) -> None:
-        """Compute the keys and values of the model's prefixes; the model itself runs without any."""
-        tuning = prefix.prefix_tuning_of(self.model)
-        if tuning is not None:
-            prefix.use(self.model, [])
-            for name, encoder in tuning.encoders.items():
-                self._prefixes[name] = encoder().to(self.model.dtype)
+    def _take(self, name: str) -> Tensor | None:
+        """Keys and values of a prefix, which then leaves the model; None for LoRA, which stays in it.
+
+        Raises:
+            UserError: The adapter cannot share a batch; it has left the model.
+        """
+        if name in prefix.names(self.model):
+            key_values = prefix.encoder_of(self.model, name)().to(self.model.dtype).contiguous()
+            delete_adapter(self.model, name)
+            return key_values
+        try:
+            if name not in lora.names(self.model):
+                raise UserError(
+                    f"an adapter that is served must be a prefix or plain LoRA, got {name!r} of another kind; use"
+                    " `python -m chatglm_ptuning evaluate` for it"
+                )
+            set_adapter(self.model, [name, None])
+        except UserError:
+            delete_adapter(self.model, name)
+            raise
+        return None
+
+    def _drop_retired(self) -> None:
+        """Take removed LoRA out of the model once nobody answers with it."""
+        with self._changed:
+            using = {answer.lora for answer in [*self._batch.answers, *self._waiting]}
+            unused = self._retired - using
+            self._retired -= unused
+        for name in unused:
+            delete_adapter(self.model, name)
 
     def _do(self, job: Callable[[], None]) -> None:
         """Run something in the engine's thread, between two tokens, and wait until it is done."""
@@ -238,11 +296,15 @@ class Engine:
 
         def run() -> None:
             try:
-                done.set_result(job())
-            except Exception as error:
+                job()
+            except Exception as error:  # handed to the caller
                 done.set_exception(error)
+            else:
+                done.set_result(None)
 
         with self._changed:
+            if self._is_closing:
+                raise BusyError("the server is shutting down")
             self._jobs.append(run)
             self._changed.notify()
         done.result()
@@ -258,12 +320,14 @@ class Engine:
                 )
                 jobs, joining = list(self._jobs), self._next_to_join()
                 self._jobs.clear()
-            for job in jobs:
-                job()
             if joining:
                 self._join(joining)
+            for job in jobs:  # after joining: an adapter that is removed has no user on the way
+                job()
             if self._batch.answers:
                 self._step()
+                if self._retired:
+                    self._drop_retired()
             elif not jobs and not joining:
                 return  # closing, and nothing is left
 
@@ -283,7 +347,9 @@ class Engine:
     def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
         """End answers because of a bug or full memory."""
         logger.error("%d answers had to be given up", len(answers), exc_info=error)
-        is_memory = isinstance(error, torch.OutOfMemoryError)
+        # a CPU's allocator has no error class of its own
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        is_memory = is_memory or "can't allocate memory" in str(error)
         for answer in answers:
             if answer.finish_reason is None:
                 answer.fail("out of memory" if is_memory else f"{type(error).__name__}: {error}")
@@ -293,7 +359,7 @@ class Engine:
         for answer in [answer for answer in self._waiting if answer.is_cancelled]:
             self._waiting.remove(answer)
             answer.finish("cancelled")
-        limits, joining = self.limits, []
+        limits, joining = self.limits, list[Answer]()
         longest = max((answer.longest for answer in self._batch.answers), default=0)
         prompt = 0
         while self._waiting:
@@ -301,7 +367,7 @@ class Engine:
             rows = len(self._batch.answers) + len(joining) + 1
             longest = max(longest, answer.longest)
             prompt = max(prompt, len(answer.prompt_ids))
-            if rows > limits.max_batch or rows * (longest + SLACK) > limits.max_cached_tokens:
+            if rows > limits.max_batch or rows * (longest + SLACK) > self.max_cached_tokens:
                 break
             if joining and (len(joining) + 1) * prompt > limits.max_prefill_tokens:
                 break

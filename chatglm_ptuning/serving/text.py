@@ -59,9 +59,9 @@ class AnswerText:
 
     @property
     def message(self) -> Message:
-        """What the text so far stands for; a call is one only where tools are on offer."""
+        """What the text so far stands for; a call is one only where its tool is on offer."""
         message = self.parse(self.raw)
-        if message.tool_calls and not self.tools:
+        if any(call.name not in self.tools for call in message.tool_calls):
             return Message("assistant", self.raw.strip())
         return message
 
