@@ -27,6 +27,7 @@ from chatglm_ptuning.training.checkpoints import (
     publish,
     seal,
 )
+from chatglm_ptuning.training.packed_rows import separate_examples
 from chatglm_ptuning.training.sampler import LengthGroupedSampler
 from chatglm_ptuning.training.zero import gathered_trained, leave_out_frozen, load_trained
 from chatglm_ptuning.tuners import load_adapter, save_adapter
@@ -120,14 +121,15 @@ class AdapterTrainer(Trainer):
 
         Args:
             model: The model or what wraps it (DDP, DeepSpeed).
-            inputs: What the model takes, and `labels` [batch, seq_len].
+            inputs: What the model takes, and `labels` [batch, seq_len]; rows may be packed.
             return_outputs: Return the model's outputs as well; their logits are [N, vocab].
             num_items_in_batch: Labelled tokens of all the batches of this optimizer step, on all devices.
         """
         targets = inputs["labels"][:, 1:]
         is_target = targets != IGNORED
+        rows = {name: value for name, value in inputs.items() if name != "labels"}
         with logits_at(self.model, F.pad(is_target, (0, 1))):
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            outputs = model(**separate_examples(self.model, rows))
         loss = F.cross_entropy(
             outputs.logits.float(),
             targets[is_target],
