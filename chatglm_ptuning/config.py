@@ -69,7 +69,7 @@ class AdapterSection:
     Args:
         type: A key of `OUTPUT_DIRS`; "full" trains every weight of the base.
         start: `adapter.from` in the YAML: an adapter directory whose tensors a new run starts from.
-        settings: Fields of that tuner's config class, e.g. num_virtual_tokens.
+        settings: Fields of that tuner's config class, e.g. num_virtual_tokens; of "full" only `train_last_layers`.
     """
 
     type: str = "ptuning_v2"
@@ -77,9 +77,16 @@ class AdapterSection:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def tuner_config(self) -> Any:
-        """The tuner's config object; None where every weight is trained."""
+        """The tuner's config object; None where every weight is trained.
+
+        Raises:
+            UserError: Values that do not go together.
+        """
         config_class = tuner_class(self.type)
-        return None if config_class is None else config_class(**self.settings)
+        try:
+            return None if config_class is None else config_class(**self.settings)
+        except ValueError as error:  # peft's
+            raise UserError(f"section adapter: {error}") from error
 
 
 def tuner_class(kind: str) -> Any:
@@ -159,11 +166,14 @@ class RunConfig:
         for name, section in values.items():
             if not isinstance(section, dict | None):
                 raise UserError(f"{places[name]}: section {name} must hold keys, got {section!r}")
+        adapter, training = parse_adapter(values, places), parse_training(values, places)
+        if adapter.type == "adalora" and training.get("max_steps", -1) > 0:
+            adapter.settings.setdefault("total_step", training["max_steps"])
         return cls(
             model=parse_section(ModelSection, values, "model", places),
             data=parse_section(DataConfig, values, "data", places),
-            adapter=parse_adapter(values, places),
-            training=parse_training(values, places),
+            adapter=adapter,
+            training=training,
             generation=parse_section(GenerationSection, values, "generation", places),
         )
 
@@ -321,7 +331,9 @@ def parse_adapter(values: Mapping[str, Any], places: dict[str, str]) -> AdapterS
     start = section.pop("from", None)
     check_types({"from": start}, {"from": str | None}, "adapter.", places)
     config_class = tuner_class(kind)
-    fields = {} if config_class is None else typing.get_type_hints(config_class)
+    fields = {"train_last_layers": int | None}
+    if config_class is not None:
+        fields = typing.get_type_hints(config_class)
     fields = {n: t for n, t in fields.items() if typing.get_origin(t) is not typing.ClassVar}
     for other, key in OTHER_NAMES.items():
         if other in section and key in fields:

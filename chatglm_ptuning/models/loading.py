@@ -26,6 +26,15 @@ from chatglm_ptuning.models.glm_checkpoint import (
     split_qkv,
 )
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.models.quantization import (
+    SCALE,
+    check_bits,
+    dequantize,
+    finish_quantized,
+    is_quantizable,
+    native_quantization,
+    quantize_linear,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +220,7 @@ def load_released_weights(
     dtype: torch.dtype,
     device: torch.device,
     interleaved: bool,
+    quantization_bit: int | None = None,
 ) -> None:
     """Fill a model on the meta device from a released checkpoint, with one tensor beside the model in memory.
 
@@ -220,6 +230,7 @@ def load_released_weights(
         dtype: What every tensor is turned into.
         device: Where every tensor goes.
         interleaved: See `glm_checkpoint.is_interleaved`.
+        quantization_bit: 8 or 4 quantises every linear layer as soon as it is read.
 
     Raises:
         UserError: Tensors are missing, unexpected or of the wrong shape, or a file cannot be read.
@@ -228,6 +239,7 @@ def load_released_weights(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = set(names)
     unexpected, wrong, prefix = [], [], []
+    scales = read_scales(directory)
     for file in shard_files(directory):
         for name, tensor in read_shard(file):
             if name.endswith((".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")):
@@ -235,12 +247,16 @@ def load_released_weights(
             if name.startswith("transformer.prefix_encoder."):
                 prefix.append(name)
                 continue
+            if name.endswith(SCALE) and name.removesuffix("_scale") in names:
+                continue
             if name not in names:
                 unexpected.append(name)
                 continue
             missing.discard(name)
             rows = [parameters[native].shape[0] for native in names[name]]
             shape = (sum(rows), *parameters[names[name][0]].shape[1:])
+            if name in scales:
+                tensor = dequantize(tensor, scales[name], shape[-1])
             if tensor.shape != shape or not tensor.is_floating_point():
                 wrong.append(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {shape}")
                 continue
@@ -252,6 +268,8 @@ def load_released_weights(
                 # A copy always: a mapped tensor would change when its file is overwritten.
                 weight = part.to(device, dtype, copy=True).contiguous()
                 setattr(model.get_submodule(parent), leaf, nn.Parameter(weight))
+                if quantization_bit and leaf == "weight" and is_quantizable(model, parent):
+                    quantize_linear(model, parent, quantization_bit, dtype)
     if prefix and len(missing) == len(names):
         raise UserError(
             f"{directory} must hold a base model, got a P-Tuning prefix only; give the base model's"
@@ -278,6 +296,23 @@ def load_released_weights(
             str(directory),
         )
     tie_head(model)
+
+
+def read_scales(directory: Path) -> dict[str, Tensor]:
+    """The scales [out] of a released quantised checkpoint by the names of their weights; none elsewhere."""
+    if not read_json(directory / "config.json").get("quantization_bit"):
+        return {}
+    scales = {
+        name.removesuffix("_scale"): scale.clone()
+        for file in shard_files(directory)
+        for name, scale in read_shard(file)
+        if name.endswith(SCALE)
+    }
+    if scales:
+        logger.info(
+            "%s is quantised: %d weights are turned back into whole ones", directory, len(scales)
+        )
+    return scales
 
 
 def abridged(items: list[str], limit: int = 8) -> str:
@@ -341,29 +376,39 @@ def load_base_model(
     Raises:
         UserError: The directory, one of its files or an argument is wrong; one sentence says which and how to fix it.
     """
+    check_bits(quantization_bit)
     directory = checkpoint_directory(path)
     released = read_json(directory / "config.json")
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     if released.get("model_type") != "chatglm":
-        return load_native(directory, dtype, device)
+        return load_native(directory, dtype, device, quantization_bit)
     model = build_released(directory, released, dtype)
-    load_released_weights(model, directory, dtype, device, is_interleaved(released))
+    interleaved = is_interleaved(released)
+    load_released_weights(model, directory, dtype, device, interleaved, quantization_bit)
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(model.config).to(device))  # computes its tables
     if (directory / "generation_config.json").is_file():
         read_json(directory / "generation_config.json")
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    if quantization_bit:
+        finish_quantized(model, quantization_bit)
     return model.eval()
 
 
-def load_native(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_native(
+    directory: Path, dtype: torch.dtype, device: torch.device, quantization_bit: int | None = None
+) -> PreTrainedModel:
     """Load a directory that transformers knows by itself.
 
     Raises:
         UserError: transformers cannot read it, or weights are missing.
     """
+    quantization: dict[str, Any] = {}
+    if quantization_bit:
+        quantization["quantization_config"] = native_quantization(quantization_bit, dtype)
+        quantization["device_map"] = {"": device}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -371,6 +416,7 @@ def load_native(directory: Path, dtype: torch.dtype, device: torch.device) -> Pr
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **quantization,
         )
     except (ValueError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
@@ -383,4 +429,9 @@ def load_native(directory: Path, dtype: torch.dtype, device: torch.device) -> Pr
             f"{directory} must hold exactly the tensors that its config.json describes, got missing:"
             f" {abridged(missing)}; check that all files are of one checkpoint"
         )
+    if quantization_bit:
+        # transformers' trainer refuses its own quantised models unless they are peft's.
+        model.hf_quantizer.remove_quantization_config(model)
+        finish_quantized(model, quantization_bit)
+        return model.eval()
     return model.to(device).eval()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from chatglm_ptuning.config import RunConfig
@@ -17,12 +17,16 @@ from chatglm_ptuning.data.splits import build_dataset
 from chatglm_ptuning.data.template_choice import choose_template
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.evaluate import evaluate
+from chatglm_ptuning.evaluation.predictions import read_predictions
 from chatglm_ptuning.evaluation.report import BASE_PREDICTIONS, PREDICTIONS, read_scored
 from chatglm_ptuning.models.loading import load_base_model
 from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
-from chatglm_ptuning.training.arguments import RunArguments, make_arguments
+from chatglm_ptuning.training.adalora import AdaLoraSteps
+from chatglm_ptuning.training.arguments import RunArguments, default_learning_rate, make_arguments
 from chatglm_ptuning.training.callbacks import BeforeFirstStep
 from chatglm_ptuning.training.checkpoints import find_checkpoint
+from chatglm_ptuning.training.freezing import train_last_layers
+from chatglm_ptuning.training.guard import EarlyStopping, collapse
 from chatglm_ptuning.training.interrupt import StopOnSigterm
 from chatglm_ptuning.training.report import RunReport, trained_share
 from chatglm_ptuning.training.resume import starting_point
@@ -43,6 +47,13 @@ def run(config: RunConfig) -> None:
     arguments = make_arguments(training_settings(config), config.output_dir)
     output_dir, is_main = Path(arguments.output_dir), arguments.process_index == 0
     say = print if is_main else lambda text: None
+    if "learning_rate" not in config.training:
+        config.training["learning_rate"] = arguments.learning_rate = default_learning_rate(
+            config.adapter.type, config.adapter.settings
+        )
+        say(
+            f"training.learning_rate is {arguments.learning_rate:g}, the default of {config.adapter.type}"
+        )
     checkpoint = starting_point(arguments, config, say)
 
     # ---- data, first: what is wrong with it shows in seconds
@@ -74,6 +85,14 @@ def run(config: RunConfig) -> None:
         path = output_dir / file if is_main else Path(os.devnull)
         return evaluate(model, tokenizer, template, questions, config.generation, path)
 
+    def score_tuned(questions: list[Prompt], file: str) -> dict[str, float]:
+        scores = score(questions, file)
+        if is_main and (
+            problem := collapse([row.prediction for row in read_predictions(output_dir / file)])
+        ):
+            say(f"warning: the tuned model's answers have collapsed: {problem}")
+        return scores
+
     def describe(directory: Path) -> None:
         config.save(directory)
         if config.adapter.type == "full":
@@ -88,11 +107,12 @@ def run(config: RunConfig) -> None:
                 score(prompts, BASE_PREDICTIONS)
         set_seed(arguments.seed)  # whatever scoring drew
 
+    ranks = [AdaLoraSteps(model, ADAPTER)] if config.adapter.type == "adalora" else []
     stop = StopOnSigterm()
     trainer = AdapterTrainer(
         adapter_name=None if config.adapter.type == "full" else ADAPTER,
         describe=describe,
-        score=(lambda: score(validation, VALIDATION_PREDICTIONS))
+        score=(lambda: score_tuned(validation, VALIDATION_PREDICTIONS))
         if arguments.predict_with_generate and validation
         else None,
         model=model,
@@ -100,7 +120,7 @@ def run(config: RunConfig) -> None:
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[BeforeFirstStep(before_first_step), stop, *early_stopping(arguments)],
+        callbacks=[BeforeFirstStep(before_first_step), stop, *ranks, *early_stopping(arguments)],
     )
 
     # ---- train, score, report
@@ -110,6 +130,13 @@ def run(config: RunConfig) -> None:
         last = find_checkpoint(output_dir)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
         raise UserError(f"{error}; {kept}") from error
+    except torch.OutOfMemoryError as error:
+        size = arguments.per_device_train_batch_size
+        raise UserError(
+            f"training.per_device_train_batch_size must fit in the memory of {arguments.device}, got "
+            f"per_device_train_batch_size={size}; lower it and raise training.gradient_accumulation_steps by as much, "
+            "set training.gradient_checkpointing=true or model.quantization_bit=4"
+        ) from error
     except RuntimeError as error:
         if torch.distributed.is_initialized() and "connection" in str(error).lower():
             raise UserError(
@@ -125,7 +152,7 @@ def run(config: RunConfig) -> None:
     trainer.save_model(str(output_dir))
     if prompts:
         say(f"scoring the tuned model on {len(prompts):,} rows")
-        score(prompts, PREDICTIONS)
+        score_tuned(prompts, PREDICTIONS)
     if is_main:
         files = {"base": BASE_PREDICTIONS, "tuned": PREDICTIONS} if prompts else {}
         scored = {name: read_scored(output_dir / file) for name, file in files.items()}
@@ -173,12 +200,15 @@ def make_model(config: RunConfig, arguments: RunArguments) -> PreTrainedModel:
     device = "cpu" if is_deepspeed_zero3_enabled() else arguments.device  # ZeRO-3 places the shards
     model = load_base_model(config.model.path, dtype, device, config.model.quantization_bit)
     if tuner is None:
-        return model.requires_grad_(True)
+        model.requires_grad_(True)
+        if (count := config.adapter.settings.get("train_last_layers")) is not None:
+            train_last_layers(model, count)
+        return model
     add_adapter(model, tuner, ADAPTER)
     return model
 
 
-def early_stopping(arguments: RunArguments) -> list[EarlyStoppingCallback]:
+def early_stopping(arguments: RunArguments) -> list[EarlyStopping]:
     """The callback that ends a run which no longer gets better, where it is asked for.
 
     Raises:
@@ -191,7 +221,7 @@ def early_stopping(arguments: RunArguments) -> list[EarlyStoppingCallback]:
         raise UserError(
             f"training.early_stopping_patience={patience} must come with training.load_best_model_at_end=true"
         )
-    return [EarlyStoppingCallback(patience)]
+    return [EarlyStopping(patience)]
 
 
 def try_generation(answer: Callable[[], Any]) -> None:

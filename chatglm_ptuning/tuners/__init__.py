@@ -12,6 +12,8 @@ from chatglm_ptuning.tuners.adapters import (
     save_adapter,
     set_adapter,
 )
+from chatglm_ptuning.tuners.merging import combine_adapters, merge_adapter, merged_adapter
+from chatglm_ptuning.tuners.peft_prefix import export_peft_prefix
 from chatglm_ptuning.tuners.prefix import PrefixTuningConfig
 
 __all__ = [
@@ -19,10 +21,14 @@ __all__ = [
     "PrefixTuningConfig",
     "active_adapters",
     "add_adapter",
+    "combine_adapters",
     "delete_adapter",
     "disable_adapters",
+    "export_peft_prefix",
     "list_adapters",
     "load_adapter",
+    "merge_adapter",
+    "merged_adapter",
     "save_adapter",
     "set_adapter",
 ]

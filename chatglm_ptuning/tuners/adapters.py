@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.tuners import lora, prefix
+from chatglm_ptuning.tuners import lora, lora_names, peft_prefix, prefix
 from chatglm_ptuning.tuners.released_prefix import read_released_prefix
 
 logger = logging.getLogger(__name__)
@@ -57,13 +57,7 @@ def add_adapter(model: PreTrainedModel, config: Any, name: str = "default") -> N
     """
     check_new(model, name)
     kind = KINDS.get(getattr(config.peft_type, "value", config.peft_type), lora)
-    is_first = not list_adapters(model)
     attach(model, kind, name, config)
-    if is_first:
-        own = {id(parameter) for parameter in kind.parameters(model, name)}
-        for parameter in model.parameters():
-            if id(parameter) not in own:
-                parameter.requires_grad_(False)
     set_adapter(model, name)
 
 
@@ -77,13 +71,16 @@ def check_new(model: PreTrainedModel, name: str) -> None:
         raise UserError(
             f"an adapter's name must be new, got {name!r} twice; delete that one or choose another"
         )
-    if not name or "." in name or name == lora.NO_ADAPTER:
-        raise UserError(f"an adapter's name must be without a full stop, got {name!r}; rename it")
+    if not name or "." in name or name == lora.NO_ADAPTER or hasattr(nn.ModuleDict(), name):
+        raise UserError(
+            f"an adapter's name must be a plain word without a full stop, got {name!r}; choose another"
+        )
 
 
 def attach(model: PreTrainedModel, kind: ModuleType, name: str, config: Any) -> None:
-    """Attach, or leave the model as it was."""
-    active = active_adapters(model)
+    """Attach, or leave the model as it was; the first adapter freezes the base."""
+    active, is_first = active_adapters(model), not list_adapters(model)
+    base = list(model.parameters())
     try:
         kind.attach(model, name, config)
     except Exception:
@@ -91,6 +88,9 @@ def attach(model: PreTrainedModel, kind: ModuleType, name: str, config: Any) -> 
             kind.detach(model, name)
         use_rows(model, active)
         raise
+    if is_first:
+        for parameter in base:
+            parameter.requires_grad_(False)
 
 
 def set_adapter(model: PreTrainedModel, names: str | Sequence[str | None] | None) -> None:
@@ -105,7 +105,12 @@ def set_adapter(model: PreTrainedModel, names: str | Sequence[str | None] | None
         if name is not None and name not in known:
             listed = ", ".join(known) if known else "none"
             raise UserError(f"adapter must be one of those loaded ({listed}), got {name!r}")
-    use_rows(model, [] if rows == [None] else rows)
+    active = active_adapters(model)
+    try:
+        use_rows(model, [] if rows == [None] else rows)
+    except UserError:
+        use_rows(model, active)
+        raise
 
 
 def use_rows(model: PreTrainedModel, rows: Sequence[str | None]) -> None:
@@ -204,7 +209,11 @@ def load_adapter(
     Raises:
         UserError: The files cannot be read, or are of an adapter for another model; the model is then as before.
     """
-    config, tensors, metadata = read_adapter(Path(directory), model)
+    config, tensors, metadata = read_adapter(Path(directory))
+    if config["peft_type"] == peft_prefix.PEFT_TYPE:
+        config, tensors = peft_prefix.from_peft(model, config, tensors)
+    elif model.config.model_type == "glm" and lora_names.has_released_names(tensors):
+        config, tensors = lora_names.to_native_glm(config, tensors, model.config)
     kind = KINDS.get(config["peft_type"], lora)
     check_fingerprint(model, metadata, directory)
     if name in list_adapters(model):
@@ -225,9 +234,7 @@ def load_adapter(
         raise
 
 
-def read_adapter(
-    path: Path, model: PreTrainedModel
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Config, tensors and metadata of an adapter on disk.
 
     Raises:
@@ -260,7 +267,10 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     by less than 1 %.
     """
     shape = {name: getattr(model.config, name, None) for name in SHAPE}
-    table = model.get_input_embeddings().weight
+    table = model.get_input_embeddings()
+    table = getattr(
+        table, "original_module", table
+    ).weight  # the base's, where an adapter has its own
     if table.numel() == 0:  # sharded by ZeRO-3
         return shape
     rows = torch.linspace(0, table.shape[0] - 1, 16, device=table.device).long()
