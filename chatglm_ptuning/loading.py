@@ -1,13 +1,16 @@
 """Open a model for use: a checkpoint directory, or an adapter directory with the base that it names."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chatglm_ptuning.config import RUN_CONFIG_FILE, RunConfig
+from chatglm_ptuning.data.chat_template import apply_chat_template
 from chatglm_ptuning.data.template import Template
-from chatglm_ptuning.data.template_choice import choose_template
+from chatglm_ptuning.data.template_choice import choose_template, fitting_templates
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.models import tokenizer_loading
 from chatglm_ptuning.models.loading import load_base_model, read_json
@@ -39,13 +42,26 @@ def load_model(
     return model
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, template: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint directory, or of the base of an adapter directory.
 
+    Its `apply_chat_template` gives the ids of the template object: of the format named here, else of the one the
+    directory was trained with, else of the one the tokenizer tells. Where nothing tells (ChatGLM2-6B and ChatGLM3-6B
+    share a vocabulary), calling it is the error. A tokenizer of another family keeps its own.
+
+    Args:
+        path: The directory.
+        template: A name in `data.template.TEMPLATES`.
+
     Raises:
-        UserError: As `tokenizer_loading.load_tokenizer`.
+        UserError: As `tokenizer_loading.load_tokenizer`, or the template does not fit.
     """
-    return tokenizer_loading.load_tokenizer(base_of(path))
+    tokenizer = tokenizer_loading.load_tokenizer(base_of(path))
+    if template is not None or saved_template(path) is not None:
+        template = template_of(tokenizer, template, [path]).name
+    if template is not None or fitting_templates(tokenizer):
+        tokenizer.apply_chat_template = partial(apply_chat_template, tokenizer, template)
+    return tokenizer
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -71,29 +87,31 @@ def base_of(path: str | Path) -> Path:
     return Path(named)
 
 
+def saved_template(directory: str | Path) -> str | None:
+    """The chat format that a run wrote beside its adapter or model; None where it wrote none."""
+    file = Path(directory) / RUN_CONFIG_FILE
+    return RunConfig.load(file).model.template if file.is_file() else None
+
+
 def template_of(
-    tokenizer: PreTrainedTokenizerBase, name: str | None, adapters: list[str | Path]
+    tokenizer: PreTrainedTokenizerBase, name: str | None, adapters: Sequence[str | Path]
 ) -> Template:
     """The chat format that a base and its adapters speak.
 
     Args:
         tokenizer: Of the base.
         name: What the user says; None for what the adapters' run_config.yaml or the tokenizer tell.
-        adapters: Adapter directories.
+        adapters: Adapter directories, or models trained as a whole.
 
     Raises:
         UserError: They contradict one another, or nothing tells.
     """
-    told = {}
     for directory in adapters:
-        file = Path(directory) / RUN_CONFIG_FILE
-        if file.is_file() and (template := RunConfig.load(file).model.template) is not None:
-            told[str(directory)] = template
-    for directory, template in told.items():
+        template = saved_template(directory)
         name = name if name is not None else template
-        if template != name:
+        if template not in (None, name):
             raise UserError(
                 f"an adapter must be used with the chat format it was trained with, got template={name!r} where"
-                f" {directory} has {template!r}; serve them apart"
+                f" {str(directory)!r} has {template!r}; serve them apart, or leave model.template out"
             )
     return choose_template(name, tokenizer)

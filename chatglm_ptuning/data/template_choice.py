@@ -20,7 +20,7 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
     Raises:
         UserError: No such name, a name that the tokenizer contradicts, or a tokenizer that does not tell.
     """
-    fitting = [template for template in TEMPLATES.values() if fits(template, tokenizer)]
+    fitting = fitting_templates(tokenizer)
     names = ", ".join(template.name for template in fitting)
     if name is None:
         if len(fitting) == 1:
@@ -39,6 +39,11 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
             f"model.template must fit the tokenizer, got {name!r} with {tokenizer.name_or_path!r}{hint}"
         )
     return TEMPLATES[name]
+
+
+def fitting_templates(tokenizer: Any) -> list[Template]:
+    """The chat formats whose control tokens a tokenizer has."""
+    return [template for template in TEMPLATES.values() if fits(template, tokenizer)]
 
 
 def fits(template: Template, tokenizer: Any) -> bool:

@@ -1,7 +1,7 @@
 """Open the tokenizer of a checkpoint directory, whichever family it is of. No code from the directory is run."""
 
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def native_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.encode_ordinary = MethodType(encode_ordinary, tokenizer)
+    tokenizer.encode_ordinary = partial(encode_ordinary, tokenizer)
     return tokenizer
 
 
