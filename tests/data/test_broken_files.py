@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import TOKENIZERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from chatglm_ptuning.data.reading import read_rows
 from chatglm_ptuning.data.rows import BadRow
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
+from tests.data.chat_tokenizers import TOKENIZERS
 
 quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 

@@ -2,12 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import TOKENIZERS
 
 from chatglm_ptuning.data.check import check_files, encoding_damage
 from chatglm_ptuning.data.dataset import DataConfig
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
+from tests.data.chat_tokenizers import TOKENIZERS
 
 GOOD = [{"content": f"问题{n}", "summary": f"答案{n}"} for n in range(4)]
 

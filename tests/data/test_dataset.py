@@ -1,7 +1,6 @@
 import json
 
 import pytest
-from chat_tokenizers import TOKENIZERS
 
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.dataset import (
@@ -12,6 +11,7 @@ from chatglm_ptuning.data.dataset import (
 )
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
+from tests.data.chat_tokenizers import TOKENIZERS
 
 TOKENIZER = TOKENIZERS["chatglm"]
 TEMPLATE = TEMPLATES["chatglm"]

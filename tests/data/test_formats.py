@@ -4,7 +4,6 @@ import sys
 import types
 
 import pytest
-from chat_tokenizers import TOKENIZERS
 
 from chatglm_ptuning.data.conversation import Conversation, Message, ToolCall
 from chatglm_ptuning.data.dataset import DataConfig, encode_dataset, load_conversations
@@ -13,6 +12,7 @@ from chatglm_ptuning.data.reading import data_files, read_rows
 from chatglm_ptuning.data.rows import BadRow, Row
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
+from tests.data.chat_tokenizers import TOKENIZERS
 
 CALL = ToolCall("f", {"x": 1})
 TOOLS = [{"name": "f"}]

@@ -1,10 +1,10 @@
 import torch
-from chat_tokenizers import TOKENIZERS
 
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.dataset import DataConfig
 from chatglm_ptuning.data.preview import preview
 from chatglm_ptuning.data.template import TEMPLATES
+from tests.data.chat_tokenizers import TOKENIZERS
 
 ROWS = [
     Conversation((Message("user", "问"), Message("assistant", "答")), source="f:1"),

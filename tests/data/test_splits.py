@@ -3,7 +3,6 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from chat_tokenizers import TOKENIZERS
 
 from chatglm_ptuning.data import cache
 from chatglm_ptuning.data.dataset import DataConfig, encode_dataset, load_conversations
@@ -13,6 +12,7 @@ from chatglm_ptuning.data.splits import build_dataset, read_split
 from chatglm_ptuning.data.streaming import StreamingDataset
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
+from tests.data.chat_tokenizers import TOKENIZERS
 
 TEMPLATE, TOKENIZER = TEMPLATES["chatglm"], TOKENIZERS["chatglm"]
 

@@ -1,13 +1,13 @@
 import json
 
 import pytest
-from chat_tokenizers import TOKENIZERS, golden
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chatglm_ptuning.data.conversation import Conversation, Message, ToolCall
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
+from tests.data.chat_tokenizers import TOKENIZERS, golden
 
 TOOLS = [
     {

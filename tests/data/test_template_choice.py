@@ -1,10 +1,10 @@
 import pytest
-from chat_tokenizers import GOLDEN, TOKENIZERS
 
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.data.template_choice import choose_template
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.models.tokenization_chatglm2 import ChatGLM2Tokenizer
+from tests.data.chat_tokenizers import GOLDEN, TOKENIZERS
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
