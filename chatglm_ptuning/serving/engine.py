@@ -94,7 +94,8 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """Answers in the batch, and requests waiting."""
         with self._changed:
-            return len(self._batch.answers), len(self._waiting)
+            under_way = [a for a in self._batch.answers if a.finish_reason is None]
+            return len(under_way), len(self._waiting)
 
     def encode(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
         """The prompt of a conversation, exactly as in training.
