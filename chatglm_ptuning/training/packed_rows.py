@@ -1,38 +1,45 @@
 """Packed rows for every model: each example in a row attends to itself alone and counts its positions from 0."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
-def separate_examples(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Say in a model's own words which tokens of a row belong together.
+@contextmanager
+def examples_apart(model: PreTrainedModel, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Within it, a model run on what this gives keeps the examples of a packed row apart.
 
-    ChatGLM-6B reads the numbers of the examples off `attention_mask` itself, its 2D positions and bidirectional
-    contexts need them. The decoders of transformers take positions that start anew instead, from which they make the
-    block-diagonal causal mask of whatever implementation of attention they use: only without a mask and without a
-    cache. A prefix in front stays visible to every example.
+    ChatGLM-6B reads the numbers of the examples off `attention_mask` itself; its 2D positions and bidirectional
+    contexts need them. The decoders of transformers are given positions that start anew instead. From those they make
+    the block-diagonal causal mask of whatever implementation of attention they use, but only without a mask and a
+    cache, so both are taken away at the last moment: soft prompts need the numbers to give every example its own.
+    A prefix in front stays visible to all.
 
     Args:
         model: The model itself, not what wraps it.
         inputs: Of its forward; `attention_mask` [batch, seq_len] is 1, 2, 3, ... at the tokens of the first, second,
             third example of a row, 0 at pads.
-
-    Returns:
-        The inputs themselves where no row is packed, or the model understands them.
     """
-    examples = inputs["attention_mask"]
-    if hasattr(model.get_decoder(), "get_position_ids") or int(examples.max()) <= 1:
-        return inputs
-    return {
-        **inputs,
-        "attention_mask": None,
-        "position_ids": restarting_positions(examples),
-        "use_cache": False,
-    }
+    decoder, examples = model.get_decoder(), inputs["attention_mask"]
+    if hasattr(decoder, "get_position_ids") or int(examples.max()) <= 1:
+        yield inputs
+        return
+
+    def leave_to_positions(
+        decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs | {"attention_mask": None, "use_cache": False}
+
+    handle = decoder.register_forward_pre_hook(leave_to_positions, with_kwargs=True)
+    try:
+        yield inputs | {"position_ids": restarting_positions(examples)}
+    finally:
+        handle.remove()
 
 
 def restarting_positions(examples: Tensor) -> Tensor:
@@ -42,7 +49,7 @@ def restarting_positions(examples: Tensor) -> Tensor:
         examples: [batch, seq_len], the number of each token's example, 0 at pads.
 
     Returns:
-        [batch, seq_len], 0 at pads: each pad is an example of its own.
+        [batch, seq_len], 0 at pads, which makes each pad an example of its own.
     """
     index = torch.arange(examples.shape[1], device=examples.device).expand_as(examples)
     is_start = F.pad(examples[:, 1:] != examples[:, :-1], (1, 0), value=True)

@@ -27,7 +27,8 @@ from chatglm_ptuning.training.checkpoints import (
     publish,
     seal,
 )
-from chatglm_ptuning.training.packed_rows import separate_examples
+from chatglm_ptuning.training.guard import GradientWatch
+from chatglm_ptuning.training.packed_rows import examples_apart
 from chatglm_ptuning.training.sampler import LengthGroupedSampler
 from chatglm_ptuning.training.zero import gathered_trained, leave_out_frozen, load_trained
 from chatglm_ptuning.tuners import load_adapter, save_adapter
@@ -72,6 +73,7 @@ class AdapterTrainer(Trainer):
     """
 
     args: RunArguments
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress())
         self.add_callback(RunLog())
+        self.add_callback(GradientWatch())
         self.adapter_name = adapter_name
         self.describe = describe
         self.score = score
@@ -110,6 +113,32 @@ class AdapterTrainer(Trainer):
         )
         return LengthGroupedSampler(dataset.lengths, group_size, seed)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers does, or peft's for LoRA+ (Hayou et al. 2024).
+
+        Raises:
+            UserError: LoRA+ is asked for where there is no LoRA.
+        """
+        ratio = self.args.loraplus_lr_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        if not any(".lora_B." in name for name, _ in self.model.named_parameters()):
+            raise UserError(
+                f"training.loraplus_lr_ratio must come with adapter.type=lora, got loraplus_lr_ratio={ratio!r}; "
+                "leave it out"
+            )
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        settings["loraplus_weight_decay"] = self.args.weight_decay
+        optimizer = create_loraplus_optimizer(
+            self.model, optimizer_class, loraplus_lr_ratio=ratio, **settings
+        )
+        groups = optimizer.param_groups
+        groups[:] = [group for group in groups if group["params"]]  # DeepSpeed takes no empty one
+        self.optimizer = optimizer
+        return optimizer
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -128,8 +157,11 @@ class AdapterTrainer(Trainer):
         targets = inputs["labels"][:, 1:]
         is_target = targets != IGNORED
         rows = {name: value for name, value in inputs.items() if name != "labels"}
-        with logits_at(self.model, F.pad(is_target, (0, 1))):
-            outputs = model(**separate_examples(self.model, rows))
+        with (
+            logits_at(self.model, F.pad(is_target, (0, 1))),
+            examples_apart(self.model, rows) as rows,
+        ):
+            outputs = model(**rows)
         loss = F.cross_entropy(
             outputs.logits.float(),
             targets[is_target],
@@ -143,7 +175,8 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: not one step more
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            # resumed at its end: not one step more
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

@@ -18,7 +18,7 @@ from transformers import (
 
 from chatglm_ptuning.data.collator import Collator
 from chatglm_ptuning.data.packing import PackedDataset
-from chatglm_ptuning.training.packed_rows import restarting_positions, separate_examples
+from chatglm_ptuning.training.packed_rows import examples_apart, restarting_positions
 from chatglm_ptuning.training.trainer import AdapterTrainer
 from chatglm_ptuning.tuners import PrefixTuningConfig, add_adapter
 from tests.training.conftest import MODELS, PAD, VOCAB, make_rows
@@ -141,4 +141,5 @@ def test_positions_start_anew_in_each_example() -> None:
 
 def test_rows_of_one_example_keep_their_mask() -> None:
     inputs = batch_of(ROWS)
-    assert separate_examples(MODELS["glm"](), inputs) is inputs
+    with examples_apart(MODELS["glm"](), inputs) as given:
+        assert given is inputs
