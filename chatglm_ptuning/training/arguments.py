@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from os import PathLike, fspath
 from typing import Any
 
@@ -25,6 +26,22 @@ RENAMED_ARGUMENTS = {
     "warmup_ratio": "it is training.warmup_steps now, where a number below 1 is a share of all steps",
 }
 
+# Peak learning rates where `training.learning_rate` is not given, by `adapter.type`. How far a step may go depends on
+# what is trained: a prefix starts as noise beside frozen activations and reaches the loss only through the attention's
+# softmax, so it needs some 100 times LoRA's rate (2e-2 is the released P-Tuning scripts'); an MLP before it makes the
+# same rate too large. LoRA starts at no effect and its product grows with the square of the step; the weights of a
+# whole model hold all that it knows, and a large step forgets it.
+LEARNING_RATES = {
+    "ptuning_v2": 2e-2,
+    "prompt_tuning": 3e-2,
+    "ptuning_v1": 1e-2,
+    "ia3": 3e-3,
+    "adalora": 1e-3,
+    "lora": 2e-4,
+    "full": 2e-5,
+}
+LEARNING_RATE_WITH_PROJECTION = 1e-3
+
 # The switch that trades time for activation memory was renamed in transformers 5.23; both names are taken.
 _KNOWN = {f.name for f in dataclasses.fields(Seq2SeqTrainingArguments)}
 _NEW, _OLD = "activation_checkpointing", "gradient_checkpointing"
@@ -45,7 +62,9 @@ class RunArguments(Seq2SeqTrainingArguments):
         early_stopping_patience: End the run after so many evaluations without a better `metric_for_best_model`.
         include_num_input_tokens_seen: Count real tokens, for tokens per second.
         logging_nan_inf_filter: Off: a loss that is not finite stops the run instead of being smoothed away.
-        report_to: Where transformers' own loggers write; metrics.jsonl and loss.png are always written.
+        loraplus_lr_ratio: LoRA+: how many times the learning rate of LoRA's A its B gets, e.g. 16; None is plain LoRA.
+        report_to: Where transformers' own loggers write; None is TensorBoard if it is installed. metrics.jsonl and
+            loss.png are always written.
         resume_from_checkpoint: True goes on from the newest whole checkpoint of `output_dir`, a path from that one.
         use_cpu: None is yes where there is no accelerator; without it several CPU processes would each train alone.
     """
@@ -54,15 +73,20 @@ class RunArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = None
     include_num_input_tokens_seen: str | bool = "non_padding"
     logging_nan_inf_filter: bool = False
+    loraplus_lr_ratio: float | None = None
     remove_unused_columns: bool = False
-    report_to: str | list[str] | None = "none"
+    report_to: str | list[str] | None = None
     resume_from_checkpoint: str | bool | None = None
     use_cpu: bool | None = None
 
     def __post_init__(self) -> None:
         if self.use_cpu is None:
             self.use_cpu = not torch.accelerator.is_available()
-        if self.use_cpu:  # DeepSpeed, which accelerate imports where it is installed, else warns of it
+        if self.report_to is None:
+            self.report_to = "tensorboard" if find_spec("tensorboard") else "none"
+        if (
+            self.use_cpu
+        ):  # DeepSpeed, which accelerate imports where it is installed, else warns of it
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         super().__post_init__()
 
@@ -71,8 +95,9 @@ def make_arguments(settings: Mapping[str, Any], output_dir: str | PathLike[str])
     """The trainer's arguments; takes the device, and under a launcher joins the process group.
 
     Raises:
-        UserError: A value that transformers refuses, more GPUs than processes.
+        UserError: A value that transformers refuses, more GPUs than processes or fewer.
     """
+    check_gpus(bool(settings.get("use_cpu")))
     if settings.get("deepspeed"):
         prepare_process()
     try:
@@ -87,3 +112,24 @@ def make_arguments(settings: Mapping[str, Any], output_dir: str | PathLike[str])
             f"{arguments.n_gpu} to train on all of them or CUDA_VISIBLE_DEVICES=0 to train on one"
         )
     return arguments
+
+
+def check_gpus(use_cpu: bool) -> None:
+    """Refuse more processes on this machine than it has GPUs, where it has some.
+
+    Raises:
+        UserError: There are more.
+    """
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not use_cpu and 0 < gpus < processes:
+        raise UserError(
+            f"NUM_GPUS must be at most the number of this machine's GPUs, got NUM_GPUS={processes} with {gpus}; "
+            f"set NUM_GPUS={gpus}"
+        )
+
+
+def default_learning_rate(kind: str, settings: Mapping[str, Any]) -> float:
+    """The learning rate of an `adapter.type` with these settings where none is given."""
+    if settings.get("prefix_projection"):
+        return LEARNING_RATE_WITH_PROJECTION
+    return LEARNING_RATES[kind]

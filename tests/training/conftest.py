@@ -80,7 +80,7 @@ def train(tmp_path: Path) -> Callable[..., AdapterTrainer]:
         rows = settings.pop("rows", None)
         resume = settings.pop("resume", None)
         defaults = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1}
-        defaults |= {"learning_rate": 1e-2, "save_strategy": "no"}
+        defaults |= {"learning_rate": 1e-2, "save_strategy": "no", "report_to": "none"}
         trainer = AdapterTrainer(
             **{"adapter_name": None, "describe": lambda directory: None, **own},
             model=model,

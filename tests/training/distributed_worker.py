@@ -1,4 +1,4 @@
-"""One process of a distributed test: `torchrun ... distributed_worker.py RUNS.json` makes several runs, one after another.
+"""One process of a distributed test, `torchrun ... distributed_worker.py RUNS.json`: makes runs one after another.
 
 RUNS.json, written by the test, lists for each run its config file and overrides. What the optimizer holds and which
 parameters have gradient memory is written beside the adapter as memory.json, by the first process.
