@@ -141,18 +141,39 @@ def test_base_weights_stay_as_they_are(
     assert len(trained) == 1  # the prefix
 
 
+def adapter_is(tmp_path: Path, content: str) -> None:
+    """Train another adapter than the config's."""
+    file = tmp_path / "run.yaml"
+    file.write_text(file.read_text().replace("type: ptuning_v2, num_virtual_tokens: 4", content))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "overrides"),
+    [
+        ("type: ptuning_v2, num_virtual_tokens: 4, prefix_dropout: 0.3", []),
+        ("type: ptuning_v2, num_virtual_tokens: 4", ["data.streaming=true"]),
+        ("type: lora, r: 4, lora_dropout: 0.3", ["data.packing=true"]),
+        ("type: lora, r: 4, lora_dropout: 0.3", ["training.loraplus_lr_ratio=16"]),
+    ],
+)
 def test_resuming_equals_not_stopping(
-    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter: str,
+    overrides: list[str],
+    train: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    adapter_is(tmp_path, adapter)
     out = tmp_path / "out"
-    assert train() == 0
+    assert train(*overrides) == 0
     whole, weights = losses(out), load_file(out / "adapter_model.safetensors")
+    assert list(whole) == [1, 2, 3, 4]
     checkpoint = out / "checkpoint-2"
     assert (checkpoint / "adapter_model.safetensors").exists()
     assert (checkpoint / "run_config.yaml").exists()
     assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 50_000  # no base in it
     shutil.rmtree(out / "checkpoint-4")
-    assert train("training.resume_from_checkpoint=true") == 0
+    assert train("training.resume_from_checkpoint=true", *overrides) == 0
     assert f"going on from {checkpoint}" in capsys.readouterr().out
     assert losses(out) == whole
     for name, tensor in load_file(out / "adapter_model.safetensors").items():
@@ -202,11 +223,7 @@ def test_a_new_run_moves_the_earlier_checkpoints(
 
 def test_every_weight_can_be_trained(train: Command, tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
-    (tmp_path / "run.yaml").write_text(
-        (tmp_path / "run.yaml")
-        .read_text()
-        .replace("type: ptuning_v2, num_virtual_tokens: 4", "type: full")
-    )
+    adapter_is(tmp_path, "type: full")
     assert train() == 0
     tuned, untouched = load_base_model(out, "float32"), load_base_model(base, "float32")
     moved = {
@@ -283,11 +300,7 @@ def test_a_broken_line_is_named(
 def test_full_training_refuses_half_precision_weights(
     train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run.yaml").write_text(
-        (tmp_path / "run.yaml")
-        .read_text()
-        .replace("type: ptuning_v2, num_virtual_tokens: 4", "type: full")
-    )
+    adapter_is(tmp_path, "type: full")
     assert train("model.dtype=bfloat16") == 1
     assert "model.dtype must be auto or float32" in capsys.readouterr().err
 
@@ -326,3 +339,72 @@ def test_generation_is_tried_before_the_first_step(
         "This was the trial generation on two rows; nothing is trained yet."
     ]
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_learning_rate_has_a_default_that_is_said(
+    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(file.read_text().replace("learning_rate: 1e-2", "seed: 1"))
+    assert train("training.lr_scheduler_type=constant", "data.test_file=null") == 0
+    assert "training.learning_rate is 0.02, the default of ptuning_v2\n" in capsys.readouterr().out
+    rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert {row["learning_rate"] for row in rows if "loss" in row} == {0.02}
+    assert RunConfig.load(tmp_path / "out" / "run_config.yaml").training["learning_rate"] == 0.02
+
+
+def test_last_layers_alone_are_trained(train: Command, tmp_path: Path, base: Path) -> None:
+    adapter_is(tmp_path, "type: full, train_last_layers: 1")
+    assert train("data.test_file=null", "data.validation_file=null") == 0
+    tuned = load_base_model(tmp_path / "out", "float32")
+    untouched = load_base_model(base, "float32")
+    moved = {
+        name.rpartition(".")[0]
+        for (name, one), other in zip(tuned.named_parameters(), untouched.parameters(), strict=True)
+        if (one != other).any()
+    }
+    assert {"lm_head", "transformer.final_layernorm"} < moved
+    assert all(name.startswith("transformer.layers.1.") or "layers" not in name for name in moved)
+    assert "transformer.word_embeddings" not in moved
+
+
+def test_batch_over_the_memory_is_one_sentence(
+    train: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(workflow.AdapterTrainer, "compute_loss", fail)
+    assert train("data.test_file=null", "data.validation_file=null") == 1
+    assert (
+        "error: training.per_device_train_batch_size must fit in the memory of cpu, got "
+        "per_device_train_batch_size=2; lower it and raise training.gradient_accumulation_steps"
+    ) in capsys.readouterr().err
+
+
+def test_collapsed_answers_are_told(
+    train: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        end = torch.full((input_ids.shape[0], 1), self.generation_config.eos_token_id[0])
+        return torch.cat([input_ids, end], dim=1)
+
+    monkeypatch.setattr(ChatGLMForConditionalGeneration, "generate", generate)
+    assert train("training.predict_with_generate=true", "training.eval_strategy=steps") == 0
+    text = capsys.readouterr().out
+    # at step 4 and at the end; not of the base
+    assert (
+        text.count("warning: the tuned model's answers have collapsed: 6 of 6 answers are empty")
+        > 1
+    )
+
+
+def test_lora_plus_needs_lora(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("training.loraplus_lr_ratio=16") == 1
+    assert "must come with adapter.type=lora, got loraplus_lr_ratio=16" in capsys.readouterr().err
+
+
+def test_tensorboard_files_are_in_the_run(train: Command, tmp_path: Path) -> None:
+    assert train("training.report_to=tensorboard", "data.test_file=null") == 0
+    (events,) = (tmp_path / "out" / "runs").rglob("events.out.tfevents.*")
+    assert events.stat().st_size > 500

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import TrainerCallback
 
 from chatglm_ptuning.data.collator import Collator
+from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.training.trainer import AdapterTrainer, LossError
+from chatglm_ptuning.tuners import LoraConfig, add_adapter
 from tests.training.conftest import MODELS, PAD, VOCAB, make_rows
 
 Train = Callable[..., AdapterTrainer]
@@ -140,3 +143,41 @@ def test_tokens_per_second_are_logged(train: Train) -> None:
     rates = [row["tokens_per_second"] for row in trainer.state.log_history if "loss" in row]
     assert len(rates) == 4
     assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_neftune_noise_is_there_in_training_only(family: str, train: Train) -> None:
+    model, seen = MODELS[family](), {True: [], False: []}
+
+    def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen[module.training].append((output - module.weight[args[0]]).abs().max().item())
+
+    class Note(TrainerCallback):
+        """Looks at the embeddings behind NEFTune's own hook."""
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            model.get_input_embeddings().register_forward_hook(note)
+
+    train(model, neftune_noise_alpha=5, eval_strategy="steps", eval_steps=2, callbacks=[Note()])
+    assert len(seen[True]) == 4
+    assert all(noise > 0.01 for noise in seen[True])
+    assert len(seen[False]) == 2
+    assert max(seen[False]) == 0
+
+
+def test_lora_plus_gives_b_a_higher_rate(train: Train) -> None:
+    model = MODELS["glm"]()
+    add_adapter(model, LoraConfig(r=2))
+    trainer = train(model, adapter_name="default", loraplus_lr_ratio=16, weight_decay=0.1)
+    groups = trainer.optimizer.param_groups
+    assert [group["initial_lr"] for group in groups] == [1e-2, 0.16]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group, letter in zip(groups, "AB", strict=True):
+        assert all(f"lora_{letter}" in names[id(p)] for p in group["params"])
+    assert sum(len(group["params"]) for group in groups) == 12
+
+
+def test_lora_plus_refuses_other_adapters(train: Train) -> None:
+    with pytest.raises(UserError, match=r"must come with adapter\.type=lora, got loraplus_lr_ratio="):
+        train(MODELS["chatglm"](), loraplus_lr_ratio=16)
