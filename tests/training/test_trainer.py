@@ -179,5 +179,7 @@ def test_lora_plus_gives_b_a_higher_rate(train: Train) -> None:
 
 
 def test_lora_plus_refuses_other_adapters(train: Train) -> None:
-    with pytest.raises(UserError, match=r"must come with adapter\.type=lora, got loraplus_lr_ratio="):
+    with pytest.raises(
+        UserError, match=r"must come with adapter\.type=lora, got loraplus_lr_ratio="
+    ):
         train(MODELS["chatglm"](), loraplus_lr_ratio=16)
