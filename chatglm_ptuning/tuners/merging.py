@@ -158,6 +158,7 @@ def combine_adapters(
                 model, LoraConfig(target_modules=DUMMY_TARGET_MODULES), lora.NO_ADAPTER
             )
             del model.peft_config[lora.NO_ADAPTER]
+            tuner.active_adapter = []
             tuner.add_weighted_adapter(
                 list(names), list(weights), new_name, combination_type=method
             )
