@@ -13,6 +13,8 @@ from chatglm_ptuning.models.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.models.tokenization_chatglm2 import ChatGLM2Tokenizer
 from chatglm_ptuning.models.tokenization_glm4 import ChatGLM4Tokenizer, is_rank_file
 
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model.
@@ -27,11 +29,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         UserError: There is no tokenizer, it is damaged, or its control tokens have other ids than config.json says.
     """
     directory = checkpoint_directory(path)
+    for name in SETTINGS:
+        if (directory / name).is_file():
+            read_json(directory / name)  # says which file is broken; transformers does not
+    config = read_json(directory / "config.json")
     tokenizer_class = released_class(directory)
     if tokenizer_class is None:
-        return native_tokenizer(directory)
-    tokenizer = tokenizer_class.from_pretrained(directory, local_files_only=True)
-    check_ids(tokenizer, read_json(directory / "config.json"), directory)
+        tokenizer = native_tokenizer(directory)
+    else:
+        tokenizer = tokenizer_class.from_pretrained(directory, local_files_only=True)
+        check_ids(tokenizer, config, directory)
+    check_size(tokenizer, config, directory)
     return tokenizer
 
 
@@ -67,10 +75,29 @@ def check_ids(tokenizer: TableTokenizer, config: dict[str, Any], directory: Path
                 f" {directory / 'config.json'}; copy all files of one checkpoint (and num_image_tokens in"
                 " tokenizer_config.json: 0 or 20000)"
             )
+    ends = config.get("eos_token_id")
+    for index in ends if isinstance(ends, list) else [ends]:
+        if index is not None and index not in tokenizer.control_ids:
+            raise UserError(
+                f"the tokenizer must fit config.json, got eos_token_id={index!r}, which is no control token of"
+                f" {directory}; copy all files of one checkpoint"
+            )
+
+
+def check_size(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], directory: Path) -> None:
+    """Compare the number of tokens with that of word embeddings.
+
+    Raises:
+        UserError: There are more tokens.
+    """
     rows = config.get("padded_vocab_size", config.get("vocab_size"))
-    if rows is not None and tokenizer.vocab_size > rows:
+    tokens = max(
+        len(tokenizer), tokenizer.vocab_size
+    )  # a token that stands twice counts once in len
+    # Other families have tokens without embeddings that their models never meet (Gemma's for images).
+    if config.get("model_type") in ("chatglm", "glm") and rows is not None and tokens > rows:
         raise UserError(
-            f"the tokenizer must fit config.json, got {tokenizer.vocab_size} tokens and {rows} rows of word embeddings"
+            f"the tokenizer must fit config.json, got {tokens} tokens and {rows} rows of word embeddings"
             f" in {directory}; copy all files of one checkpoint"
         )
 
