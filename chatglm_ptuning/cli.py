@@ -7,15 +7,18 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from chatglm_ptuning.cli_data import add_data_commands
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.version import __version__
 
 PROJECT = Path(__file__).resolve().parents[1]
 OVERRIDES = "[section.key=value ...]"
+OVERRIDE = re.compile(r"(model|data|adapter|training|generation)(\.\w+)+=")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -88,6 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=evaluate, takes_overrides=True)
 
+    add_data_commands(commands)
+
     command = commands.add_parser(
         "demo-model",
         help="make the demo's model and data anew (about 20 minutes on two cores)",
@@ -100,7 +105,10 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse; `section.key=value` may stand anywhere and is collected in `overrides`."""
     parser = make_parser()
-    args, rest = parser.parse_known_args(arguments)
+    texts = sys.argv[1:] if arguments is None else arguments
+    overrides = [text for text in texts if OVERRIDE.match(text)]
+    args, rest = parser.parse_known_args([text for text in texts if text not in overrides])
+    rest += overrides
     unknown = [
         text for text in rest if text.startswith("-") or not getattr(args, "takes_overrides", False)
     ]
@@ -124,6 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.run(args)
     except UserError as error:
         return fail(str(error))
+    except BrokenPipeError:  # `| head` has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a program that SIGPIPE ends
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

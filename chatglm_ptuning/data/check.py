@@ -52,12 +52,14 @@ class CheckResult:
     Args:
         rows: Places that hold a row or should.
         good: Rows without any finding.
+        written: Rows written to the file of good ones.
         findings: Findings by kind.
         report: Lengths and, with a tokenizer, what training would cut.
     """
 
     rows: int = 0
     good: int = 0
+    written: int = 0
     findings: Counter[str] = field(default_factory=Counter)
     report: DataReport = field(default_factory=DataReport)
 
@@ -82,6 +84,7 @@ def check_files(
     template: Template | None = None,
     tokenizer: Tokenizer | None = None,
     fix: str | None = None,
+    on_row: Callable[[], object] = lambda: None,
 ) -> CheckResult:
     """Check every row; a broken one never stops the check.
 
@@ -94,6 +97,7 @@ def check_files(
         tokenizer: The model's tokenizer.
         fix: Write the good rows of `paths` here, one JSON line each. A row that training would only cut is good,
             unless `data.truncation` is "drop".
+        on_row: Called after each row.
 
     Raises:
         UserError: A file that does not exist, or `fix` is one of the files.
@@ -118,6 +122,8 @@ def check_files(
                 is_usable = all(finding.is_usable for finding in findings)
                 if output is not None and is_usable and not is_held_out and isinstance(row, Row):
                     output.write(json.dumps(row.value, ensure_ascii=False) + "\n")
+                    result.written += 1
+                on_row()
     return result
 
 
