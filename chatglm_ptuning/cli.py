@@ -39,6 +39,13 @@ def evaluate(args: argparse.Namespace) -> None:
         evaluate_directory(args.what, args.overrides, args.resume)
 
 
+def export(args: argparse.Namespace) -> None:
+    """Write a model or a prefix as other tools read it."""
+    from chatglm_ptuning.export import export
+
+    print(export(args.source, args.out, args.format, args.merge, args.flatten))
+
+
 def demo_model(args: argparse.Namespace) -> None:
     """Make the demo's model and data anew."""
     from chatglm_ptuning.demo.build import build_demo
@@ -92,6 +99,31 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=evaluate, takes_overrides=True)
 
     add_data_commands(commands)
+
+    command = commands.add_parser(
+        "export",
+        help="write a model in the released or the native layout, or a prefix as the released code reads it",
+        epilog="Example: export outputs/lora merged --format native --merge",
+    )
+    command.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a checkpoint or an adapter directory"
+    )
+    command.add_argument("out", type=Path, metavar="OUT", help="a new directory")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=("released", "native", "prefix"),
+        help="released: ChatGLM's own files; native: what from_pretrained reads; prefix: pytorch_model.bin",
+    )
+    command.add_argument(
+        "--merge", action="store_true", help="add the adapter to the weights of its base"
+    )
+    command.add_argument(
+        "--flatten",
+        action="store_true",
+        help="write a prefix with projection as the embeddings that it amounts to",
+    )
+    command.set_defaults(run=export)
 
     command = commands.add_parser(
         "demo-model",

@@ -79,7 +79,7 @@ def tokenizer_files(family: str, directory: Path) -> list[Path]:
 def write_released(directory: Path, family: str, layout: str = "bin") -> Path:
     """A checkpoint as released: "bin", "sharded bin" (float16) or "sharded safetensors" (bfloat16)."""
     dtype = torch.bfloat16 if layout == "sharded safetensors" else torch.float16
-    shard_bytes = 10**9 if layout == "bin" else 100_000
+    shard_bytes = 10**9 if layout == "bin" else 20_000
     files = tokenizer_files(family, directory.with_name(f"{directory.name}-tokenizer"))
     save_released(tiny_model(family).to(dtype), directory, files, shard_bytes)
     if layout == "sharded safetensors":

@@ -12,7 +12,17 @@ PACKAGE = "chatglm_ptuning"
 MAX_LINES = 450
 
 LEGS = {"models", "tuners", "data"}
-TOP = {"config", "loading", "training", "evaluation", "serving", "demo", "cli", "cli_data"}
+TOP = {
+    "config",
+    "loading",
+    "training",
+    "evaluation",
+    "serving",
+    "demo",
+    "export",
+    "cli",
+    "cli_data",
+}
 BASE = {"errors", "version"}  # anybody may import these
 ALLOWED = {
     **{leg: {leg} | BASE for leg in LEGS},

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.tuners.prefix import SAVED, PrefixTuningConfig
@@ -95,3 +96,37 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise UserError(f"{file} must hold named tensors, got {type(content).__name__}")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def write_released_prefix(
+    tensors: Mapping[str, Tensor], directory: Path, flatten: bool
+) -> dict[str, tuple[int, ...]]:
+    """Write a prefix as the released training did: `pytorch_model.bin`, in float32.
+
+    Args:
+        tensors: The tensors of an adapter directory.
+        directory: Where to; made if need be.
+        flatten: Write a projected prefix as its output, plain embeddings [num_virtual_tokens, 2 * L * K * D], which
+            code without the projection can load.
+
+    Returns:
+        The shape of every tensor written, by its released name.
+
+    Raises:
+        UserError: There is nothing to flatten.
+    """
+    state = {name.removeprefix(SAVED): value.float() for name, value in tensors.items()}
+    if flatten:
+        if "trans.0.weight" not in state:
+            raise UserError(
+                "--flatten must be given a prefix with projection, got one that is flat already; leave it out"
+            )
+        hidden = F.linear(
+            state["embedding.weight"], state["trans.0.weight"], state["trans.0.bias"]
+        ).tanh()
+        flat = F.linear(hidden, state["trans.2.weight"], state["trans.2.bias"])
+        state = {"embedding.weight": flat}
+    released = {f"{RELEASED}{name}": value.contiguous() for name, value in state.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(released, directory / FILES[0])
+    return {name: tuple(value.shape) for name, value in released.items()}
