@@ -83,16 +83,21 @@ def write_released(directory: Path, family: str, layout: str = "bin") -> Path:
     files = tokenizer_files(family, directory.with_name(f"{directory.name}-tokenizer"))
     save_released(tiny_model(family).to(dtype), directory, files, shard_bytes)
     if layout == "sharded safetensors":
-        for file in shard_files(directory):
-            tensors = {name: tensor.clone() for name, tensor in read_shard(file)}
-            save_file(tensors, directory / safetensors_name(file.name))
-            file.unlink()
-        index = directory / "pytorch_model.bin.index.json"
-        content = json.loads(index.read_text())
-        content["weight_map"] = {n: safetensors_name(f) for n, f in content["weight_map"].items()}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(content))
-        index.unlink()
+        as_safetensors(directory)
     return directory
+
+
+def as_safetensors(directory: Path) -> None:
+    """Turn the files of a sharded checkpoint into safetensors."""
+    for file in shard_files(directory):
+        tensors = {name: tensor.clone() for name, tensor in read_shard(file)}
+        save_file(tensors, directory / safetensors_name(file.name))
+        file.unlink()
+    index = directory / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {n: safetensors_name(f) for n, f in content["weight_map"].items()}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+    index.unlink()
 
 
 def safetensors_name(name: str) -> str:

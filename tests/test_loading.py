@@ -1,6 +1,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from chatglm_ptuning.data.conversation import Conversation, Message, ToolCall
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.loading import base_of, template_of
+from chatglm_ptuning.models.glm_checkpoint import glm_config, save_released
+from chatglm_ptuning.models.loading import shard_files
 from chatglm_ptuning.tuners import (
     PrefixTuningConfig,
     active_adapters,
@@ -22,7 +26,7 @@ from chatglm_ptuning.tuners import (
     disable_adapters,
     save_adapter,
 )
-from tests.checkpoints import FAMILIES, copy_of
+from tests.checkpoints import FAMILIES, as_safetensors, copy_of
 
 Checkpoint = Callable[..., Path]
 # checkpoint -> its template
@@ -297,3 +301,41 @@ class TestModel:
         )
         with pytest.raises(UserError, match=r"an adapter's base must be a directory .* got .*json"):
             load_model(tmp_path)
+
+
+MEASURE = """
+import pathlib, re, sys
+from chatglm_ptuning import load_model
+
+def megabytes(field):
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) / 1000
+
+load_model(sys.argv[1], "float16", "cpu")  # a small one, so that libraries are loaded
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+before = megabytes("VmRSS")
+model = load_model(sys.argv[2], "float16", "cpu")
+print(sum(tensor.nbytes for tensor in model.parameters()) / 1e6, megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["sharded bin", "sharded safetensors"])
+def test_peak_memory_is_the_model_and_one_shard(checkpoint, tmp_path, layout):
+    """200 MB in ten files of 20 MB: megabytes that the process grows by while it loads them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "ffn_hidden_size": 2304, "num_layers": 10}
+    sizes |= {"num_attention_heads": 8, "kv_channels": 128, "multi_query_attention": True}
+    config = glm_config(sizes | {"multi_query_group_num": 2, "padded_vocab_size": 2016})
+    save_released(GlmForCausalLM(config).half(), tmp_path, shard_bytes=20 * 10**6)
+    if layout == "sharded safetensors":
+        as_safetensors(tmp_path)
+    files = shard_files(tmp_path)
+    shard = max(file.stat().st_size for file in files) / 1e6
+    assert len(files) >= 10
+    command = [sys.executable, "-c", MEASURE, str(checkpoint("chatglm3")), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, peak = map(float, run.stdout.split())
+    print(f"{layout}: model {size:.1f} MB, largest file {shard:.1f} MB, peak {peak:.1f} MB")
+    assert 190 < size < 220
+    assert size < peak < size + 1.5 * shard
