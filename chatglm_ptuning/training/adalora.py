@@ -28,7 +28,7 @@ class AdaLoraSteps(TrainerCallback):
                 f"adapter.type=adalora must run without DeepSpeed, got training.deepspeed={args.deepspeed!r};"
                 " leave that out or choose adapter.type=lora"
             )
-        self.budget = RankBudget(self.model, self.name)
+        self.budget = RankBudget(self.model, self.name, kwargs["optimizer"].state)
 
     def on_pre_optimizer_step(
         self, args: RunArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -149,6 +149,36 @@ def test_adalora_gives_up_ranks(train: Callable[..., AdapterTrainer]) -> None:  
     assert sum(left) == 1 * len(left)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3"])
+def test_resumed_run_is_the_run_that_was_not_stopped(
+    method: str,
+    train: Callable[..., AdapterTrainer],  # noqa: F811
+) -> None:
+    config = (
+        AdaLoraConfig(init_r=4, target_r=1, tinit=1, tfinal=2, deltaT=1, total_step=10)
+        if method == "adalora"
+        else CONFIGS[method]("glm")
+    )
+    states = []
+    for resume in (None, "checkpoint-5"):
+        model = MODELS["glm"]()
+        add_adapter(model, config, "own")
+        steps = [AdaLoraSteps(model, "own")] if method == "adalora" else []
+        run = train(
+            model,
+            start=False,
+            adapter_name="own",
+            callbacks=steps,
+            max_steps=10,
+            save_strategy="steps",
+            save_steps=5,
+        )
+        run.train(resume_from_checkpoint=resume and f"{run.args.output_dir}/{resume}")
+        states.append(kind.tensors(model, "own", None))
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value)
+
+
 def test_adalora_penalty_is_the_gradient_of_the_distance() -> None:
     from chatglm_ptuning.tuners.adalora import RankBudget
 
@@ -172,7 +202,7 @@ def test_adalora_penalty_is_the_gradient_of_the_distance() -> None:
     plain = {n: p.grad.clone() for n, p in theirs.named_parameters() if p.requires_grad}
     model.eval()
     model(input_ids=IDS, labels=IDS).loss.backward()
-    RankBudget(model, "own").add_penalty()
+    RankBudget(model, "own", {}).add_penalty()
     for _, saved, parameter in kind.placed_parameters(model, "own"):
         assert_close(parameter.grad, plain[saved + ".default"], atol=1e-5, rtol=1e-4)
 
