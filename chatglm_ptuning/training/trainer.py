@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+from chatglm_ptuning.data.streaming import StreamingDataset
 from chatglm_ptuning.data.template import IGNORED
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.training.arguments import RunArguments
@@ -97,6 +99,28 @@ class AdapterTrainer(Trainer):
         self._loss_shifts_labels = True
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._last_log = (0.0, 0)  # seconds, tokens
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers makes it, but a streamed data set shares its rows among the processes itself.
+
+        Else one process would read and encode for all, and its batches would have to be of one length.
+        """
+        dataset = self.train_dataset
+        if not isinstance(dataset, StreamingDataset):
+            return super().get_train_dataloader()
+        dataset.rank, dataset.world_size = self.args.process_index, self.args.world_size
+        loader = DataLoader(
+            dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+            dispatch_batches=False,
+        )  # fmt: skip
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
