@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GlmForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatglm_ptuning import load_model, load_tokenizer
@@ -301,6 +302,40 @@ class TestModel:
         )
         with pytest.raises(UserError, match=r"an adapter's base must be a directory .* got .*json"):
             load_model(tmp_path)
+
+
+class TestBrokenNativeDirectory:
+    """What tests/models/test_loading.py checks of released directories."""
+
+    @pytest.fixture
+    def directory(self, checkpoint: Checkpoint, tmp_path: Path) -> Path:
+        return copy_of(checkpoint("glm4-hf"), tmp_path / "model")
+
+    def refused(self, directory: Path, message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load_model(directory, "float32", "cpu")
+        assert str(directory) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+    def test_truncated(self, directory, kept):
+        content = (directory / "model.safetensors").read_bytes()
+        (directory / "model.safetensors").write_bytes(content[: int(len(content) * kept)])
+        self.refused(directory, "must be a complete checkpoint that transformers can read, got an")
+
+    def test_wrong_shape(self, directory):
+        state = load_file(directory / "model.safetensors") | {"model.norm.weight": torch.ones(5)}
+        save_file(state, directory / "model.safetensors", {"format": "pt"})
+        self.refused(directory, r"misshapen: model\.norm\.weight is \(5,\), not \(32,\); check")
+
+    def test_wrong_config(self, directory):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+        self.refused(directory, r"got an error: .*hidden_size.*; check its config\.json")
+
+    def test_broken_generation_config(self, directory):
+        (directory / "generation_config.json").write_text("{")
+        self.refused(directory, r"generation_config\.json must be JSON")
 
 
 MEASURE = """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GlmForCausalLM, PreTrainedModel
@@ -281,14 +282,7 @@ def load_released_weights(
         "unexpected": unexpected,
         "misshapen": wrong,
     }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{kind}: {abridged(group)}" for kind, group in problems.items() if group
-        )
-        raise UserError(
-            f"{directory} must hold exactly the tensors that its config.json describes, got {listed};"
-            " check that all files are of one checkpoint"
-        )
+    check_tensors(directory, problems)
     if prefix:
         logger.warning(
             "%s also holds a P-Tuning prefix, which was left out; load_adapter(model, %r) loads it",
@@ -313,6 +307,20 @@ def read_scales(directory: Path) -> dict[str, Tensor]:
             "%s is quantised: %d weights are turned back into whole ones", directory, len(scales)
         )
     return scales
+
+
+def check_tensors(directory: Path, problems: dict[str, list[str]]) -> None:
+    """Refuse a checkpoint in which tensors are wrong, by what is wrong with them.
+
+    Raises:
+        UserError: Some are.
+    """
+    listed = "; ".join(f"{kind}: {abridged(names)}" for kind, names in problems.items() if names)
+    if listed:
+        raise UserError(
+            f"{directory} must hold exactly the tensors that its config.json describes, got {listed};"
+            " check that all files are of one checkpoint"
+        )
 
 
 def abridged(items: list[str], limit: int = 8) -> str:
@@ -403,8 +411,10 @@ def load_native(
     """Load a directory that transformers knows by itself.
 
     Raises:
-        UserError: transformers cannot read it, or weights are missing.
+        UserError: transformers cannot read it, or weights are missing or of the wrong shape.
     """
+    if (directory / "generation_config.json").is_file():
+        read_json(directory / "generation_config.json")  # transformers would pass a broken one over
     quantization: dict[str, Any] = {}
     if quantization_bit:
         quantization["quantization_config"] = native_quantization(quantization_bit, dtype)
@@ -416,19 +426,21 @@ def load_native(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             **quantization,
         )
-    except (ValueError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
+    except (
+        *(ValueError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError),
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
         raise UserError(
             f"{directory} must be a complete checkpoint that transformers can read, got an error: {reason};"
             " check its config.json and its files of weights"
         ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{directory} must hold exactly the tensors that its config.json describes, got missing:"
-            f" {abridged(missing)}; check that all files are of one checkpoint"
-        )
+    wrong = [f"{n} is {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(report["mismatched_keys"])]
+    groups = {"missing": sorted(report["missing_keys"]), "misshapen": wrong}
+    check_tensors(directory, groups)
     if quantization_bit:
         # transformers' trainer refuses its own quantised models unless they are peft's.
         model.hf_quantizer.remove_quantization_config(model)
