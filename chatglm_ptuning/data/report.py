@@ -52,6 +52,18 @@ class DataReport:
             )
         return "\n".join(lines)
 
+    def advice(self, max_source_length: int, max_target_length: int) -> str | None:
+        """The limits that would fit 99 % of the rows; None where these do."""
+        wanted = [
+            f"data.{name}={suggested_limit(counts)}"
+            for name, counts, limit in (
+                ("max_source_length", self.source_lengths, max_source_length),
+                ("max_target_length", self.target_lengths, max_target_length),
+            )
+            if counts and suggested_limit(counts) > limit
+        ]
+        return f"99 % of the rows would fit whole into {' '.join(wanted)}" if wanted else None
+
     def lengths(self, max_source_length: int, max_target_length: int) -> str:
         """Histograms of the lengths in tokens, each with the rows over the limit and a limit that fits 99 %."""
         parts = []

@@ -13,7 +13,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from chatglm_ptuning.config import RunConfig
 from chatglm_ptuning.data.collator import Collator
 from chatglm_ptuning.data.dataset import Prompt, encode_prompts, load_conversations
-from chatglm_ptuning.data.splits import build_dataset
+from chatglm_ptuning.data.report import DataReport
+from chatglm_ptuning.data.splits import build_dataset, split_paths
 from chatglm_ptuning.data.template_choice import choose_template
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.evaluate import evaluate
@@ -57,14 +58,19 @@ def run(config: RunConfig) -> None:
     checkpoint = starting_point(arguments, config, say)
 
     # ---- data, first: what is wrong with it shows in seconds
+    if config.data.streaming and arguments.max_steps <= 0:
+        raise UserError(
+            f"data.streaming must come with training.max_steps, got max_steps={arguments.max_steps};"
+            " a stream has no end"
+        )
     tokenizer = load_tokenizer(config.model.path)
     template = choose_template(config.model.template, tokenizer)
     config.model.template = template.name  # the adapter is tied to it
-    rows = {}
+    rows, accounts = {}, {}
     for split in ("train", "validation"):
         if split == "train" or config.data.validation_file:
-            rows[split], account = build_dataset(config.data, split, template, tokenizer)
-            say(f"{split}: {account}")
+            rows[split], accounts[split] = build_dataset(config.data, split, template, tokenizer)
+            say(rows_line(split, accounts[split], config))
 
     def read_prompts(paths: str | list[str] | None, limit: int | None) -> list[Prompt]:
         if not paths:
@@ -145,6 +151,8 @@ def run(config: RunConfig) -> None:
                 "training.resume_from_checkpoint=true"
             ) from error
         raise
+    if config.data.streaming and accounts["train"].rows:  # else loader workers have counted
+        say(rows_line("train", accounts["train"], config))
     if stop.received:
         step = trainer.state.global_step
         say(f"SIGTERM: step {step} is saved, training.resume_from_checkpoint=true goes on from it")
@@ -165,6 +173,20 @@ def run(config: RunConfig) -> None:
         )
         report.write(output_dir)
         say(report.text())
+
+
+def rows_line(split: str, account: DataReport, config: RunConfig) -> str:
+    """What became of the rows of a split, and where many were cut what to do about it."""
+    if not account.rows:
+        return f"{split}: streamed, so its rows are checked and counted as they are read"
+    limits = config.data.max_source_length, config.data.max_target_length
+    lines = [f"{split}: {account}"]
+    if (advice := account.advice(*limits)) is not None:
+        command = ["python -m chatglm_ptuning data check", *split_paths(config.data, split)]
+        command += [f"--model {config.model.path} --template {config.model.template}"]
+        command += [f"data.max_source_length={limits[0]} data.max_target_length={limits[1]}"]
+        lines += [f"  {advice}", f"  row by row, with all lengths: {' '.join(command)}"]
+    return "\n".join(lines)
 
 
 def training_settings(config: RunConfig) -> dict[str, Any]:

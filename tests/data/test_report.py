@@ -49,3 +49,13 @@ def test_suggested_limit_fits_99_percent():
 def test_report_survives_json():
     report = make()
     assert DataReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_advice_names_the_limits_that_are_too_low():
+    report = make()
+    assert report.advice(16, 4) == (
+        "99 % of the rows would fit whole into data.max_source_length=40 data.max_target_length=8"
+    )
+    assert report.advice(40, 4) == "99 % of the rows would fit whole into data.max_target_length=8"
+    assert report.advice(40, 8) is None
+    assert DataReport().advice(8, 8) is None

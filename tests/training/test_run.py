@@ -408,3 +408,32 @@ def test_tensorboard_files_are_in_the_run(train: Command, tmp_path: Path) -> Non
     assert train("training.report_to=tensorboard", "data.test_file=null") == 0
     (events,) = (tmp_path / "out" / "runs").rglob("events.out.tfevents.*")
     assert events.stat().st_size > 500
+
+
+def test_a_stream_is_counted_at_its_end(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("data.streaming=true", "training.max_steps=-1") == 1
+    assert "data.streaming must come with training.max_steps, got" in capsys.readouterr().err
+    assert train("data.streaming=true", "data.test_file=null", "data.validation_file=null") == 0
+    first, *rest = [x for x in capsys.readouterr().out.splitlines() if x.startswith("train: ")]
+    assert first == "train: streamed, so its rows are checked and counted as they are read"
+    assert [line.split(" ")[1:3] for line in rest] in ([["8", "of"]], [["10", "of"]])
+
+
+def test_cut_rows_come_with_advice(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = "data.max_source_length=8 data.max_target_length=4"
+    short = ["data.test_file=null", "data.validation_file=null", "training.max_steps=1"]
+    assert train(*limits.split(), *short) == 0
+    text = capsys.readouterr().out
+    assert "  answer cut to data.max_target_length=4: 6 rows (100.0%)" in text
+    assert "  99 % of the rows would fit whole into data.max_source_length=" in text
+    assert f"--template chatglm {limits}\n" in text
+
+
+def test_cached_data_train_alike(train: Command, tmp_path: Path) -> None:
+    short = ["data.test_file=null", "data.validation_file=null"]
+    assert train(*short) == 0
+    expected = losses(tmp_path / "out")
+    for _ in range(2):
+        assert train(*short, f"data.cache_dir={tmp_path / 'cache'}") == 0
+        assert losses(tmp_path / "out") == expected
+    assert len(list((tmp_path / "cache").iterdir())) == 1
