@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from chatglm_ptuning.loading import load_model, load_tokenizer, template_of
 from chatglm_ptuning.serving.text import AnswerText
-from chatglm_ptuning.tuners import disable_adapters, load_adapter
+from chatglm_ptuning.tuners import delete_adapter, disable_adapters, load_adapter
 
 GOLDEN = Path(__file__).parent / "golden"
 PREFIX = "transformer.prefix_encoder.embedding.weight"
@@ -28,15 +28,15 @@ class Chat:
 
     def __init__(self, recorded: dict[str, Any], name: str, directory: Path) -> None:
         state = load_file(GOLDEN / f"e2e_{recorded['generation']}.safetensors")
-        prefix = directory / "prefix"
-        prefix.mkdir()
-        torch.save({PREFIX: state.pop(PREFIX)}, prefix / "pytorch_model.bin")
+        self.prefix = directory / "prefix"
+        self.prefix.mkdir()
+        torch.save({PREFIX: state.pop(PREFIX)}, self.prefix / "pytorch_model.bin")
         torch.save(state, directory / "pytorch_model.bin")
         (directory / "config.json").write_text(json.dumps(recorded["config"]))
         for file in (GOLDEN / recorded["tokenizer"]).iterdir():
             shutil.copy(file, directory)
         self.model = load_model(directory, "float32", "cpu")
-        load_adapter(self.model, prefix)
+        load_adapter(self.model, self.prefix)
         self.tokenizer = load_tokenizer(directory)
         self.template = template_of(self.tokenizer, None, [])  # told by the name in its files
         assert self.template.name == name
@@ -52,11 +52,18 @@ class Chat:
         encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return encoded["input_ids"]
 
-    def generate(self, rows: list[list[int]], count: int) -> list[list[int]]:
+    def generate(
+        self, rows: list[list[int]], count: int, cache: str | None = None
+    ) -> list[list[int]]:
         ids = torch.tensor(rows)
         mask = (ids != self.tokenizer.pad_token_id).long()
         output = self.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=count
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=count,
+            cache_implementation=cache,
+            disable_compile=True,
         )
         return output[:, ids.shape[1] :].tolist()
 
@@ -80,6 +87,23 @@ def test_chat(chats: dict[str, Chat], name: str, case: dict[str, Any]) -> None:
     assert answer == case["generated_ids"]
     # the released ChatGLM3 takes the last token for an end token and drops it, whatever it is
     assert chat.text(answer if name == "chatglm2" else answer[:-1]) == case["response"]
+
+
+@pytest.mark.parametrize(("name", "recorded"), RECORDED)
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_attention_and_cache(
+    chats: dict[str, Chat], name: str, recorded: dict[str, Any], cache: str, attention: str
+) -> None:
+    chat, case, batch = chats[name], recorded["chat"][3], recorded["batch"]
+    model = chat.model
+    delete_adapter(model, "default")
+    model.set_attn_implementation(attention)
+    load_adapter(model, chat.prefix)
+    assert model.config._attn_implementation == f"prefix_{attention}"
+    assert chat.generate(case["prompt_ids"], 24, cache) == [case["generated_ids"]]
+    answers = chat.generate(batch["input_ids"], batch["max_new_tokens"], cache)
+    assert answers == batch["new_tokens"]
 
 
 @pytest.mark.parametrize(("name", "case"), STREAMS)
