@@ -17,6 +17,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 PROJECT = Path(__file__).resolve().parents[1]
 SHORT = [
     "data.validation_file=null",
@@ -72,11 +76,23 @@ def kill_at_random(run: subprocess.Popen[str], output_dir: Path, draw: random.Ra
     run.wait()
 
 
-def outcome(output_dir: Path) -> tuple[bytes, list[float]]:
-    """The final adapter's bytes, and the loss of every step."""
+def outcome(output_dir: Path) -> tuple[dict[str, Tensor], list[float]]:
+    """The final adapter's tensors (the order in a file's header is random), and the loss of every step."""
     rows = map(json.loads, (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     losses = [row["loss"] for row in rows if "loss" in row]
-    return (output_dir / "adapter_model.safetensors").read_bytes(), losses
+    return load_file(output_dir / "adapter_model.safetensors"), losses
+
+
+def is_same(
+    one: tuple[dict[str, Tensor], list[float]], other: tuple[dict[str, Tensor], list[float]]
+) -> bool:
+    """Whether two runs ended with exactly the same tensors and losses."""
+    (tensors, losses), (other_tensors, other_losses) = one, other
+    return (
+        losses == other_losses
+        and tensors.keys() == other_tensors.keys()
+        and all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
+    )
 
 
 def soak(config: Path, overrides: list[str], kills: int, seed: int, directory: Path) -> Tally:
@@ -101,7 +117,7 @@ def soak(config: Path, overrides: list[str], kills: int, seed: int, directory: P
             tally.not_resumed.append(output_dir.name)
             continue
         tally.finished += 1
-        if outcome(output_dir) != expected:
+        if not is_same(outcome(output_dir), expected):
             tally.different.append(output_dir.name)
         print(f"{tally.kills} kills, {tally.finished} runs finished", flush=True)
     return tally
