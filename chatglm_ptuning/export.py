@@ -19,7 +19,7 @@ from chatglm_ptuning.models.loading import (
     shard_files,
 )
 from chatglm_ptuning.models.tokenization_chatglm2 import ChatGLM2Tokenizer
-from chatglm_ptuning.tuners import PrefixTuningConfig, load_adapter
+from chatglm_ptuning.tuners import PrefixTuningConfig, export_peft_prefix, load_adapter
 from chatglm_ptuning.tuners.adapters import read_adapter
 from chatglm_ptuning.tuners.released_prefix import write_released_prefix
 
@@ -41,8 +41,8 @@ def export(source: Path, out: Path, layout: str, merge: bool = False, flatten: b
     Args:
         source: A checkpoint directory or an adapter directory.
         out: A new directory, or one without weights.
-        layout: "released" (ChatGLM's own files), "native" (what `from_pretrained` reads) or "prefix" (the
-            `pytorch_model.bin` that released P-Tuning code loads).
+        layout: "released" (ChatGLM's own files), "native" (what `from_pretrained` reads), "prefix" (the
+            `pytorch_model.bin` that released P-Tuning code loads) or "peft" (peft's PREFIX_TUNING; not ChatGLM-6B).
         merge: Add the adapter to the weights of its base.
         flatten: Write a prefix with projection as the embeddings that it amounts to.
 
@@ -55,6 +55,8 @@ def export(source: Path, out: Path, layout: str, merge: bool = False, flatten: b
     check_request(source, out, layout, merge, flatten)
     if layout == "prefix":
         return export_prefix(source, out, flatten)
+    if layout == "peft":
+        return export_for_peft(source, out)
     base = checkpoint_directory(base_of(source))
     model = load_base_model(base, stored_dtype(base), "cpu")
     if layout == "released":
@@ -88,12 +90,14 @@ def check_request(source: Path, out: Path, layout: str, merge: bool, flatten: bo
         raise UserError(
             f"the export directory must not hold weights yet, got {str(out)!r}; give a new directory"
         )
+    if layout in ("prefix", "peft") and merge:
+        raise UserError(f"--merge must come with --format released or native, got {layout}")
     if layout == "prefix":
-        if merge:
-            raise UserError("--merge must come with --format released or native, got prefix")
         return
     if flatten:
         raise UserError(f"--flatten must come with --format prefix, got {layout}")
+    if layout == "peft":
+        return
     if is_adapter(source) and not merge:
         raise UserError(
             f"an adapter must be merged into its base to be exported as a model, got {str(source)!r}; add --merge, or"
@@ -123,6 +127,22 @@ def export_prefix(source: Path, out: Path, flatten: bool) -> str:
     shapes = write_released_prefix(tensors, out, flatten)
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     return f"{source}: written to {out / 'pytorch_model.bin'}: {listed}"
+
+
+def export_for_peft(source: Path, out: Path) -> str:
+    """Write an adapter's prefix for peft, its keys rotated by the base; see `export`."""
+    config, _, _ = read_adapter(source)
+    if config.get("peft_type") != PrefixTuningConfig.peft_type:
+        raise UserError(
+            f"--format peft must be given a P-Tuning v2 adapter, got peft_type={config.get('peft_type')!r} in"
+            f" {str(source)!r}; peft reads every other kind as it is"
+        )
+    base = checkpoint_directory(base_of(source))
+    model = load_base_model(base, stored_dtype(base), "cpu")
+    load_adapter(model, source)
+    export_peft_prefix(model, "default", out)
+    length = config["num_virtual_tokens"]
+    return f"{source}: written to {out} as PREFIX_TUNING, its keys rotated by +{length} positions"
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

@@ -64,9 +64,7 @@ def to_native_glm(
             continue
         parts = [tensor] * 3  # lora_A reads the same input in all three
         if tensor.shape[0] == sum(rows):
-            if (
-                heads == groups
-            ):  # without multi-query attention the released rows are interleaved per head
+            if heads == groups:  # no multi-query attention: released rows are interleaved per head
                 tensor = tensor.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
             parts = list(tensor.split(rows))
         native |= {

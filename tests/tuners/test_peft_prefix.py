@@ -8,13 +8,18 @@ from peft import PeftModel, get_peft_model
 from peft import PrefixTuningConfig as PeftPrefixConfig
 from torch.testing import assert_close
 
+from chatglm_ptuning import load_model
 from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.export import export
+from chatglm_ptuning.models.glm_checkpoint import save_released
 from chatglm_ptuning.tuners import (
+    LoraConfig,
     PrefixTuningConfig,
     add_adapter,
     export_peft_prefix,
     list_adapters,
     load_adapter,
+    save_adapter,
 )
 from tests.training.conftest import MODELS
 
@@ -71,6 +76,28 @@ def test_a_prefix_of_another_length_of_layers_is_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"of shape \(6, 64\) for this base, got \(6, 96\)"):
         load_adapter(model, tmp_path)
     assert list_adapters(model) == {}
+
+
+def test_the_command_writes_it(tmp_path: Path) -> None:
+    save_released(MODELS["glm"](), tmp_path / "base")
+    model = load_model(tmp_path / "base", "float32", "cpu")
+    add_adapter(model, PrefixTuningConfig(num_virtual_tokens=3), "own")
+    save_adapter(model, tmp_path / "own", "own")
+    said = export(tmp_path / "own", tmp_path / "out", "peft")
+    assert "written to" in said
+    assert "rotated by +3 positions" in said
+    theirs = PeftModel.from_pretrained(MODELS["glm"]().eval(), tmp_path / "out")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert_close(theirs(input_ids=IDS).logits, expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="--merge must come with --format released or native"):
+        export(tmp_path / "own", tmp_path / "more", "peft", merge=True)
+    add_adapter(model, LoraConfig(r=2), "lora")
+    save_adapter(model, tmp_path / "lora", "lora")
+    with pytest.raises(
+        UserError, match="must be given a P-Tuning v2 adapter, got peft_type='LORA'"
+    ):
+        export(tmp_path / "lora", tmp_path / "more", "peft")
 
 
 def test_what_peft_cannot_run_is_not_written(tmp_path: Path) -> None:
