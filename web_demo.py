@@ -1,0 +1,13 @@
+"""Chat in the browser: python web_demo.py [--prefix DIR]; all options with --help."""
+
+import sys
+
+from chatglm_ptuning.cli import fail
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.serving.web import main
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(str(error)))
