@@ -11,6 +11,7 @@ Every batch has at most ROWS * (max_source_length + max_target_length) places fo
 
 P-Tuning v2 of the configured model, forward, backward and optimizer step; the kinds take turns in one process, and a
 turn of each is a round. The ratio is packed over padded in the same round; its median is printed with its range.
+On a CPU seconds are those of the processor, so that what else runs there counts little.
 
 The floor: where computing costs the same for every place, packing gains exactly what is no longer padded, the packed
 rows' share of real tokens over the padded batches' share, printed beside the ratio. Less is lost to attention over
@@ -175,15 +176,16 @@ def main() -> None:
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     trainer.model.train()
+    seconds = time.process_time if trainer.model.device.type == "cpu" else time.perf_counter
     for number in range(args.rounds + 1):  # the first one warms up
         for kind in kinds.values():
-            started = time.perf_counter()
+            started = seconds()
             for batch in kind.batches:
                 step(trainer, optimizer, batch)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number:
-                kind.rates.append(kind.targets / (time.perf_counter() - started))
+                kind.rates.append(kind.targets / (seconds() - started))
 
     lengths = rows.lengths
     print(

@@ -1,5 +1,6 @@
 """Files broken in every way: no crash, and every row is either used or reported."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -138,6 +139,26 @@ def test_every_json_line_is_a_row_or_reported(tmp_path, lines, newline):
     assert len(rows) == 1 + len(lines)
     for row, line in zip(rows[1:], lines, strict=True):
         assert isinstance(row, BadRow) == (line not in GOOD_LINES)
+    assert checked(file, "chatglm", DataConfig()).rows == len(rows)
+
+
+FIELDS = st.lists(st.text('ab," \n\r汉', max_size=6), min_size=1, max_size=3)
+
+
+@quick
+@given(rows=st.lists(FIELDS, min_size=1, max_size=6), suffix=st.sampled_from([".csv", ".tsv"]))
+def test_every_row_of_a_table_is_a_row_or_reported(tmp_path, rows, suffix):
+    file = tmp_path / f"rows{suffix}"
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t" if suffix == ".tsv" else ",")
+        writer.writerows([["content", "summary"], *rows])
+    found = list(read_rows(str(file)))
+    assert len(found) == len(rows)
+    for row, fields in zip(found, rows, strict=True):
+        if len(fields) == 2:
+            assert row.value == {"content": fields[0], "summary": fields[1]}
+        else:
+            assert isinstance(row, BadRow)
     assert checked(file, "chatglm", DataConfig()).rows == len(rows)
 
 

@@ -317,6 +317,37 @@ def test_trained_prompt_is_the_served_prompt(name, loss_on, history, query, answ
         assert set(labels[:prompt_length]) <= {-100}
 
 
+CALLS = st.builds(
+    ToolCall,
+    st.sampled_from(["get_weather", "b-c"]),
+    st.dictionaries(st.sampled_from(["city", "x"]), TEXTS | st.integers() | st.none(), max_size=2),
+)
+STEPS = st.lists(st.tuples(TEXTS, CALLS, TEXTS), max_size=2)  # thought, call, what came back
+TURNS = st.lists(st.tuples(TEXTS, STEPS, TEXTS), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("name", ["chatglm3", "glm4"])
+@given(turns=TURNS, tools=st.sampled_from([None, TOOLS]), loss=st.none() | st.booleans())
+def test_trained_prompt_is_the_served_prompt_after_any_tool_calls(name, turns, tools, loss):
+    tokenizer, template = TOKENIZERS[name], TEMPLATES[name]
+    messages = []
+    for question, steps, answer in turns:
+        messages.append(Message("user", question))
+        for thought, call, observation in steps:
+            messages.append(Message("assistant", thought, loss, tool_calls=(call,)))
+            messages.append(Message("observation", observation))
+        messages.append(Message("assistant", answer))
+    for end, message in enumerate(messages):
+        if message.role == "assistant":
+            served = template.encode_prompt(tokenizer, messages[:end], tools)
+            conversation = Conversation(tuple(messages[: end + 1]), tools)
+            input_ids, labels, start = template.encode_conversation(tokenizer, conversation)
+            assert input_ids[:start] == served
+            expected = [-100] * (len(input_ids) - start) if message.loss is False else input_ids
+            assert labels[start:] == expected[-len(labels[start:]) :]
+            assert input_ids[-1] in template.stop_token_ids(tokenizer)
+
+
 def test_a_tokenizer_of_another_family_is_named():
     for name, other in [
         ("chatglm", "chatglm2"),
