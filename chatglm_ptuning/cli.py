@@ -11,10 +11,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chatglm_ptuning.cli_data import add_data_commands
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.version import __version__
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.serving.engine import Engine
+    from chatglm_ptuning.serving.limits import Limits
 
 PROJECT = Path(__file__).resolve().parents[1]
 OVERRIDES = "[section.key=value ...]"
@@ -51,6 +56,76 @@ def demo_model(args: argparse.Namespace) -> None:
     from chatglm_ptuning.demo.build import build_demo
 
     build_demo(args.directory)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve a base and its adapters over the OpenAI API."""
+    from chatglm_ptuning.serving.api import Keys
+    from chatglm_ptuning.serving.limits import Limits
+    from chatglm_ptuning.serving.server import ADMIN_KEY, API_KEY, read_key, serve
+
+    keys = Keys(read_key(args.api_key_file, API_KEY), read_key(args.admin_key_file, ADMIN_KEY))
+    limits = Limits(args.max_batch, args.max_waiting, args.max_prompt_tokens, args.max_tokens)
+    serve(open_engine(args, limits), args.host, args.port, keys)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Chat in the terminal."""
+    from chatglm_ptuning.serving import terminal
+    from chatglm_ptuning.serving.sampling import Sampling
+
+    sampling = Sampling(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    engine = open_engine(args)
+    first = args.adapter[0].partition("=")[0] if args.adapter else next(iter(engine.adapters), None)
+    terminal.chat(engine, sampling, first, args.system)
+
+
+def open_engine(args: argparse.Namespace, limits: "Limits | None" = None) -> "Engine":
+    """The engine that `add_model_arguments` describe."""
+    from chatglm_ptuning.serving.opening import named_directories, open_engine
+
+    return open_engine(
+        args.model,
+        named_directories(args.adapter),
+        args.template,
+        args.dtype,
+        args.device,
+        args.quantization_bit,
+        limits,
+    )
+
+
+def add_model_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options that say what answers."""
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a checkpoint or an adapter directory (default: the adapters' base, or else the demo model)",
+    )
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="an adapter and what it is called; may be given several times",
+    )
+    command.add_argument(
+        "--template", metavar="NAME", help="chat format, where the checkpoint does not tell"
+    )
+    command.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    command.add_argument(
+        "--quantization-bit", type=int, choices=(4, 8), help="quantise the base with bitsandbytes"
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,8 +173,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=evaluate, takes_overrides=True)
 
-    add_data_commands(commands)
-
     command = commands.add_parser(
         "export",
         help="write a model in the released or the native layout, or a prefix as the released code reads it",
@@ -112,8 +185,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--format",
         required=True,
-        choices=("released", "native", "prefix"),
-        help="released: ChatGLM's own files; native: what from_pretrained reads; prefix: pytorch_model.bin",
+        choices=("released", "native", "prefix", "peft"),
+        help="released: ChatGLM's own files; native: what from_pretrained reads; prefix: pytorch_model.bin;"
+        " peft: PREFIX_TUNING",
     )
     command.add_argument(
         "--merge", action="store_true", help="add the adapter to the weights of its base"
@@ -124,6 +198,63 @@ def make_parser() -> argparse.ArgumentParser:
         help="write a prefix with projection as the embeddings that it amounts to",
     )
     command.set_defaults(run=export)
+
+    add_data_commands(commands)
+
+    command = commands.add_parser(
+        "chat",
+        help="chat in the terminal",
+        epilog="Lines may also come from a pipe: echo 你好 | python -m chatglm_ptuning chat",
+    )
+    add_model_arguments(command)
+    command.add_argument("--system", default="", metavar="TEXT", help="system message")
+    command.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)"
+    )
+    command.add_argument(
+        "--top-p", type=float, default=1.0, help="probability to draw from (default: 1)"
+    )
+    command.add_argument(
+        "--top-k", type=int, default=0, help="likeliest tokens to draw from; 0 is all (default: 0)"
+    )
+    command.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="1 is none (default: 1)"
+    )
+    command.add_argument("--seed", type=int, help="same seed, same answers")
+    command.set_defaults(run=chat)
+
+    command = commands.add_parser(
+        "serve",
+        help="serve a model and its adapters over the OpenAI API",
+        epilog="Keys may also stand in CHATGLM_PTUNING_API_KEY and CHATGLM_PTUNING_ADMIN_KEY. Example: serve"
+        " --adapter ads=outputs/ptuning --adapter qa=outputs/lora",
+    )
+    add_model_arguments(command)
+    command.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    command.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="whoever asks must send this key"
+    )
+    command.add_argument(
+        "--admin-key-file",
+        type=Path,
+        metavar="FILE",
+        help="whoever sends this key may load and unload adapters",
+    )
+    command.add_argument(
+        "--max-batch", type=int, default=32, help="answers generated at a time (default: 32)"
+    )
+    command.add_argument(
+        "--max-waiting", type=int, default=256, help="requests that may wait (default: 256)"
+    )
+    command.add_argument(
+        "--max-prompt-tokens", type=int, default=8192, help="longest prompt (default: 8192)"
+    )
+    command.add_argument(
+        "--max-tokens", type=int, default=2048, help="longest answer (default: 2048)"
+    )
+    command.set_defaults(run=serve)
 
     command = commands.add_parser(
         "demo-model",
