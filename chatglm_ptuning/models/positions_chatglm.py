@@ -101,6 +101,7 @@ def make_mask(
         segments = F.pad(attention_mask.long(), (0, total - attention_mask.shape[-1]))
     key_index = torch.arange(total, device=device)
     query_index = torch.arange(length, device=device) + past
+    query_segments = segments.gather(1, query_index.expand(batch, -1))
     if config.position_encoding_2d:
         is_context = position_ids[:, 1] == 0
     else:
@@ -108,13 +109,11 @@ def make_mask(
             raise ValueError(
                 "input_ids must be given where one position axis does not tell the context"
             )
-        is_context = (
-            count_in_segment(input_ids == config.bos_token_id, segment_starts(input_ids * 0)) == 0
-        )
+        answers = count_in_segment(input_ids == config.bos_token_id, segment_starts(query_segments))
+        is_context = answers == 0
     place = key_index - past  # of a key among the new tokens
     is_new = (place >= 0) & (place < length)
     is_context = is_context[:, place.clamp(0, length - 1)] & is_new
     visible = (key_index <= query_index[:, None]) | is_context[:, None]
-    query_segments = segments.gather(1, query_index.expand(batch, -1))
     visible = visible & (segments[:, None] == query_segments[..., None]) & (segments[:, None] > 0)
     return (visible | (key_index == query_index[:, None]))[:, None]
