@@ -182,3 +182,13 @@ def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("chatglm_ptuning.training.arguments.RunArguments.n_gpu", 2)
     with pytest.raises(UserError, match="must use one GPU, got 2 visible ones; set NUM_GPUS=2"):
         make_arguments({}, tmp_path)
+
+
+def test_adalora_runs_over_all_steps_unless_told(tmp_path: Path) -> None:
+    whole = load(tmp_path, "adapter: {type: adalora}\ntraining: {max_steps: 90}")
+    assert whole.adapter.tuner_config().total_step == 90
+    told = load(tmp_path, "adapter: {type: adalora, total_step: 70}\ntraining: {max_steps: 90}")
+    assert told.adapter.tuner_config().total_step == 70
+    unknown = load(tmp_path, "adapter: {type: adalora}")
+    with pytest.raises(UserError, match="section adapter: AdaLoRA does not work when `total_step`"):
+        unknown.adapter.tuner_config()

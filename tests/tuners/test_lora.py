@@ -138,7 +138,7 @@ def test_training_moves_the_adapter_only(
 
 def test_adalora_gives_up_ranks(train: Callable[..., AdapterTrainer]) -> None:  # noqa: F811
     model = MODELS["glm"]()
-    config = AdaLoraConfig(init_r=4, target_r=1, tinit=2, tfinal=4, deltaT=3, total_step=12)
+    config = AdaLoraConfig(init_r=4, target_r=1, tinit=2, tfinal=4, deltaT=5, total_step=12)
     add_adapter(model, config, "own")
     train(model, adapter_name="own", callbacks=[AdaLoraSteps(model, "own")], max_steps=12)
     left = [
