@@ -208,7 +208,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(command)
     command.add_argument("--system", default="", metavar="TEXT", help="system message")
-    command.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
+    command.add_argument(
+        "--max-tokens", type=int, default=512, help="longest answer (default: 512)"
+    )
     command.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)"
     )
@@ -232,7 +234,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(command)
     command.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    command.add_argument(
+        "--port", type=int, default=8000, help="0 takes a free one (default: 8000)"
+    )
     command.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="whoever asks must send this key"
     )

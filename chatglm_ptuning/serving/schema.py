@@ -221,7 +221,8 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body must be valid JSON; {first['msg']}") from None
         param = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{param}: {first['msg']}", "invalid_value", param) from None
+        place = param if param else "the body"
+        raise ApiError(400, f"{place}: {first['msg']}", "invalid_value", param or None) from None
     for name, value in (request.model_extra or {}).items():
         if name in UNSUPPORTED:
             if value not in UNSUPPORTED[name]:
