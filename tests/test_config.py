@@ -160,7 +160,7 @@ def test_shipped_configs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     config = RunConfig.load(PROJECT / "configs" / name)
     config.adapter.tuner_config()
     arguments = make_arguments(config.training, tmp_path)
-    assert arguments.report_to == []
+    assert arguments.report_to in ([], ["tensorboard"])  # the latter where it is installed
     assert Path(config.model.path).resolve() == PROJECT / "demo" / "model"
     assert str(config.output_dir).startswith("outputs/")
 
