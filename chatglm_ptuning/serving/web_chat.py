@@ -75,6 +75,20 @@ def read_tools(text: str) -> list[dict[str, Any]] | None:
     return tools
 
 
+def read_seed(text: str) -> int | None:
+    """The seed of a text; None where it is empty.
+
+    Raises:
+        UserError: It is no whole number.
+    """
+    if not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"seed must be a whole number, got {text[:40]!r}") from error
+
+
 def has_name(tool: Any) -> bool:
     """Whether a tool is a function with a name, wrapped as the OpenAI API has it or not."""
     function = tool.get("function", tool) if isinstance(tool, dict) else None

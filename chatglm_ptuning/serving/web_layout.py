@@ -177,7 +177,7 @@ class PageLayout:
                 ),
             ]
             seed = self.add(
-                gr.Number, {"label": "seed", "info": "seed_info"}, value=None, precision=0
+                gr.Textbox, {"label": "seed", "info": "seed_info"}, value="", elem_id="seed"
             )
         with self.add(gr.Accordion, {"label": "instructions"}, open=False, visible=self.has_roles):
             system = self.add(gr.Textbox, {"label": "system"}, value="", lines=2, elem_id="system")

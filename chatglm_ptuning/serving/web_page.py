@@ -21,6 +21,7 @@ from chatglm_ptuning.serving.web_chat import (
     hear,
     question_at,
     raw_prompt,
+    read_seed,
     read_tools,
     room,
     shown,
@@ -192,7 +193,7 @@ class WebPage(PageLayout):
             top_p=top_p,
             top_k=int(top_k),
             repetition_penalty=repetition_penalty,
-            seed=seed,
+            seed=read_seed(seed),
         )
         return Request(ids, chosen, name if name != BASE else None, offered)
 

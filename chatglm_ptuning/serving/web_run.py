@@ -15,7 +15,7 @@ from chatglm_ptuning.data.dataset import load_conversations
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.serving.web_text import TEXTS
 
-EXAMPLES = 6
+EXAMPLES = 4
 SAMPLES = 8
 PREDICTIONS, BASE_PREDICTIONS = "predictions.jsonl", "base_predictions.jsonl"
 
@@ -136,7 +136,9 @@ def run_html(run: Run | None, language: str) -> str:
         cards.append(card(texts["curve"], "", image))
     if run.settings and cards:
         items = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in run.settings.items())
-        cards.append(card(texts["settings"], "", f'<dl class="settings">{"".join(items)}</dl>'))
+        cards.append(
+            card(texts["settings"], "", f'<dl class="settings">{"".join(items)}</dl>', "wide")
+        )
     if run.samples:
         count = min(SAMPLES, len(run.samples))
         info = texts["samples_info"].format(

@@ -53,7 +53,8 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto; padding: 12px 20px 20px !important; }
+.gradio-container { max-width: 1280px !important; margin: 0 auto; padding: 0 !important; }
+.gradio-container main { padding: 14px 20px 20px !important; }
 #head { align-items: center; flex-wrap: nowrap; }
 #title h1 { font-size: 20px; font-weight: 650; margin: 0; line-height: 1.3; }
 #title p { margin: 2px 0 0; font-size: 13px; color: var(--block-info-text-color); overflow-wrap: anywhere; }
@@ -61,10 +62,15 @@ CSS = """
 #language .wrap { flex-wrap: nowrap; gap: 4px; }
 #language label { padding: 4px 10px; font-size: 13px; border-radius: 999px; box-shadow: none; }
 #language input { display: none; }
+#language label:has(input:checked) { background: var(--primary-700); color: white; }
+#language label span { margin: 0; }
 
-.chat { height: clamp(300px, calc(100dvh - 396px), 900px) !important; }
+.chat { height: clamp(280px, calc(100dvh - 440px), 900px) !important; }
 .chat .placeholder { max-width: 34em; text-align: center; }
-.status { min-height: 20px; padding: 0 4px !important; }
+.status { min-height: 20px; padding: 0 4px !important; margin-top: -8px; }
+.status .html-container, .status .prose { padding: 0 !important; }
+#examples .gallery { gap: 8px; }
+#examples .gallery-item { font-size: 13px; padding: 4px 10px; border-radius: 999px; white-space: nowrap; }
 .status p { margin: 0; font-size: 12.5px; line-height: 20px; color: var(--block-info-text-color);
   font-variant-numeric: tabular-nums; }
 .status p.notice { color: #92400e; background: #fffbeb; border: 1px solid #fde68a; border-radius: 6px;
@@ -81,7 +87,7 @@ CSS = """
 #run h3 { font-size: 15px; font-weight: 600; margin: 0 0 2px; }
 #run .note { font-size: 12.5px; margin: 0 0 10px; color: var(--block-info-text-color); overflow-wrap: anywhere; }
 #run img { width: 100%; border-radius: 6px; background: white; }
-#run table { width: 100%; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+#run table { width: 100%; border: 0; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 #run th { font-weight: 500; font-size: 12.5px; color: var(--block-info-text-color); }
 #run th, #run td { text-align: right; padding: 6px 4px; border: 0; border-bottom: 1px solid var(--block-border-color); }
 #run tr > :first-child { text-align: left; }
@@ -96,7 +102,9 @@ CSS = """
 #run .sample .base { color: var(--block-info-text-color); }
 
 @media (max-width: 700px) {
-  .gradio-container { padding: 8px 10px 16px !important; }
+  .gradio-container main { padding: 10px 10px 16px !important; }
+  #title h1 { font-size: 17px; }
+  #examples .gallery-item { white-space: normal; border-radius: 10px; text-align: left; }
   .chat { height: clamp(260px, 46dvh, 480px) !important; }
   #run .cards { grid-template-columns: minmax(0, 1fr); }
   #run .settings { grid-template-columns: minmax(0, 1fr); gap: 0; }
