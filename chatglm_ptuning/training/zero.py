@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ def prepare_process() -> None:
         raise UserError(
             "training.deepspeed must have DeepSpeed installed; pip install deepspeed"
         ) from error
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's, each step
     if not torch.accelerator.is_available():
         # Its shared-memory all-reduce serves inference only and would be compiled for a minute first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -128,9 +128,10 @@ class PrefixEncoder(nn.Module):
         """Keys (0) and values (1) of every layer: [L, 2, K, P, D], float32.
 
         Computed once per state of the parameters where no gradient is wanted, anew at every step otherwise: the graph
-        behind it can be walked back only once.
+        behind it can be walked back only once. ZeRO-3 gathers and frees parameters in each process's own memory, which
+        tells nothing of their state; and were only some of the processes to compute it, all would wait for ever.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or hasattr(self.embedding.weight, "ds_id"):
             self._memo = None
             return self._encode()
         state = [(p.data_ptr(), p._version) for p in self.parameters()]
