@@ -54,6 +54,7 @@ THEME = gr.themes.Base(
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto; padding: 0 !important; }
+.gradio-container .app { padding: 0 !important; }
 .gradio-container main { padding: 14px 20px 20px !important; }
 #head { align-items: center; flex-wrap: nowrap; }
 #title h1 { font-size: 20px; font-weight: 650; margin: 0; line-height: 1.3; }
@@ -104,6 +105,7 @@ CSS = """
 @media (max-width: 700px) {
   .gradio-container main { padding: 10px 10px 16px !important; }
   #title h1 { font-size: 17px; }
+  #title { min-width: 0; }
   #examples .gallery-item { white-space: normal; border-radius: 10px; text-align: left; }
   .chat { height: clamp(260px, 46dvh, 480px) !important; }
   #run .cards { grid-template-columns: minmax(0, 1fr); }
