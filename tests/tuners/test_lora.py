@@ -120,7 +120,7 @@ def test_training_moves_the_adapter_only(
         model,
         adapter_name="own",
         callbacks=steps,
-        max_steps=30,
+        max_steps=20,
         learning_rate=0.3 if method == "ia3" else 3e-2,
         lr_scheduler_type="constant",
     )
