@@ -1,0 +1,169 @@
+"""The web page in headless Chromium, over the demo model with a strong random prefix."""
+
+import json
+import shutil
+import socket
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+
+from chatglm_ptuning.loading import load_model
+from chatglm_ptuning.serving import web
+from chatglm_ptuning.tuners import PrefixTuningConfig, add_adapter, save_adapter
+
+CHROMIUM = shutil.which("chromium")
+QUESTION = "类型#椅子*材质#藤编"
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "ads"
+    model = load_model(web.DEMO_MODEL, "float32", "cpu")
+    add_adapter(model, PrefixTuningConfig(num_virtual_tokens=32), "ads")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=8.0)
+    save_adapter(model, directory, "ads")
+    row = {"index": 0, "prompt": QUESTION, "reference": "好椅子", "prediction": "椅子"}
+    (directory / "predictions.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    scores = {"base": {"rouge-l": 12.5}, "tuned": {"rouge-l": 48.25}}
+    (directory / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def url(adapter):
+    args = Namespace(template=None, dtype="float32", device="cpu", quantization_bit=None)
+    engine = web.open_engine(web.DEMO_MODEL, {"ads": adapter}, args)
+    engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # a slow model
+    page = web.make_page(engine, {"ads": adapter}, web.DEMO_MODEL, None)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    web.launch(page, "127.0.0.1", port)
+    yield f"http://127.0.0.1:{port}"
+    page.blocks.close()
+    engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 900, "zh-CN"), (390, 844, "en-US")], ids=["desktop", "phone"])
+def page(browser, url, request):
+    width, height, locale = request.param
+    context = browser.new_context(viewport={"width": width, "height": height}, locale=locale)
+    page = context.new_page()
+    page.urls = []
+    page.on("request", lambda sent: page.urls.append(sent.url))
+    with page.expect_response(lambda response: "/run/predict" in response.url):
+        page.goto(url)  # and it tells its language
+    page.wait_for_selector("#box textarea")
+    page.get_by_role("tab", name="对话" if locale == "zh-CN" else "Chat").wait_for()
+    yield page
+    context.close()
+
+
+def send(page, text):
+    page.fill("#box textarea", text)
+    page.press("#box textarea", "Enter")
+    page.locator("#chat-left [data-testid=user]").wait_for()  # shown together with the stop button
+
+
+def answers(page, side="left"):
+    return page.locator(f"#chat-{side} [data-testid=bot]").all_inner_texts()
+
+
+def wait_until_done(page):
+    page.locator("#box .submit-button").wait_for()
+
+
+def choose(page, dropdown, place):
+    page.click(f"#{dropdown} input")
+    page.get_by_role("option").nth(place).click()
+
+
+def test_no_request_leaves_the_machine(page, url):
+    send(page, QUESTION)
+    wait_until_done(page)
+    assert len(page.urls) > 10
+    assert [sent for sent in page.urls if not sent.startswith((url, "data:", "blob:"))] == []
+
+
+def test_page_fits_its_width(page):
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_answer_streams_in(page):
+    send(page, QUESTION)
+    seen = set()
+    while page.locator("#box .stop-button").count():
+        seen.update(answers(page))
+        page.wait_for_timeout(20)
+    final = answers(page)[-1]
+    assert len(seen - {""}) >= 3
+    assert all(final.startswith(text) for text in seen)
+    assert page.locator("#chat-left [data-testid=user]").inner_text().strip() == QUESTION
+
+
+def test_stop_ends_the_answer(page):
+    send(page, QUESTION)
+    page.locator("#chat-left [data-testid=bot]").wait_for()
+    page.locator("#box .stop-button").click()
+    wait_until_done(page)
+    stopped = answers(page)
+    page.wait_for_timeout(400)
+    assert answers(page) == stopped
+    assert page.locator("#status-left").inner_text().rstrip().endswith(("已停止", "stopped"))
+
+
+def test_switched_adapter_answers_otherwise(page):
+    send(page, QUESTION)
+    wait_until_done(page)
+    tuned = answers(page)[-1]
+    choose(page, "left", -1)
+    page.locator("#chat-left .message-buttons-bot, #chat-left .message-buttons-left").locator(
+        "button"
+    ).nth(1).click()
+    page.locator("#box .stop-button").wait_for()
+    wait_until_done(page)
+    assert len(answers(page)) == 1
+    assert answers(page)[-1] != tuned
+
+
+def test_side_by_side_shows_both(page):
+    choose(page, "right", -1)
+    send(page, QUESTION)
+    page.locator("#chat-right [data-testid=bot]").wait_for()
+    wait_until_done(page)
+    left, right = answers(page), answers(page, "right")
+    assert len(left) == len(right) == 1
+    assert left != right
+
+
+def test_run_tab_shows_scores(page):
+    page.get_by_role("tab").nth(1).click()
+    assert page.locator("#run .scores").inner_text().split()[-3:] == ["12.50", "48.25", "+35.75"]
+
+
+def test_html_of_a_message_is_text(page):
+    send(page, "<img src=x onerror=alert(1)><b>粗</b>")
+    wait_until_done(page)
+    user = page.locator("#chat-left [data-testid=user]")
+    assert user.inner_text().strip() == "<img src=x onerror=alert(1)><b>粗</b>"
+    assert user.locator("img, b").count() == 0
