@@ -105,7 +105,7 @@ def tiny_model(**changes: object) -> GlmForCausalLM:
     return model
 
 
-@pytest.fixture(scope="module", params=["v2_plain", "v3_plain"])
+@pytest.fixture(scope="module", params=["v2_plain"])
 def case(request, tmp_path_factory):
     tensors, config = recorded(request.param)
     directory = write_checkpoint(tmp_path_factory.mktemp("released"), weights(tensors), config)

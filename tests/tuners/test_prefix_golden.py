@@ -199,3 +199,11 @@ def test_half_precision_base_under_a_float32_prefix(case, attention, tmp_path):
         if (expected := half.get(f"out.{batch}.logits")) is not None:
             valid = recording.tensors[f"in.{batch}.valid"].bool()
             assert_close(outputs.logits[valid], expected[valid], rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_one_position_axis(attention, tmp_path):
+    recording = Recording("v1_1d_positions", tmp_path)
+    with torch.no_grad():
+        logits = recording.model(attention)(recording.tensors["in.input_ids"]).logits
+    assert_close(logits, recording.tensors["out.logits"], **recording.tolerance)
