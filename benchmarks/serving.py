@@ -2,7 +2,7 @@
 
 A random ChatGLM2-like model (8 layers, hidden 512, float32). One at a time is `generate` with `set_adapter`, as a
 script without the engine would do it. A token cannot take less time than reading the weights once from memory; that
-floor is printed, and a batch shares it.
+floor is printed, and a batch shares it. On a busy machine the ratios say little: nothing else should run.
 
     OMP_NUM_THREADS=2 python benchmarks/serving.py
 """

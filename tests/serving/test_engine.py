@@ -1,0 +1,98 @@
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+
+from chatglm_ptuning.data.conversation import Message
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.serving.answer import Update
+from chatglm_ptuning.serving.engine import Engine
+from chatglm_ptuning.serving.limits import BusyError, Limits, TooLongError
+from chatglm_ptuning.serving.sampling import Sampling
+from chatglm_ptuning.tuners import list_adapters
+from tests.serving.conftest import Base
+
+LONG = Sampling(max_tokens=200)
+
+
+def last(updates: SimpleQueue[Update]) -> Update:
+    while (update := updates.get(timeout=60)).finish_reason is None:
+        pass
+    return update
+
+
+def ask(engine: Engine, adapter: str | None, sampling: Sampling) -> str:
+    prompt = engine.encode([Message("user", "裙")])
+    *_, update = engine.stream(prompt, sampling, adapter)
+    return update.message.content
+
+
+def test_cancelled_answer_ends_and_others_go_on(engine: Engine) -> None:
+    prompt = engine.encode([Message("user", "裙")])
+    queues: list[SimpleQueue[Update]] = [SimpleQueue(), SimpleQueue()]
+    given_up, kept = (engine.submit(prompt, queue.put, LONG, "p5") for queue in queues)
+    given_up.cancel()
+    assert last(queues[0]).finish_reason == "cancelled"
+    assert last(queues[1]).finish_reason in ("length", "stop")
+    assert kept.num_tokens > given_up.num_tokens
+    assert engine.load == (0, 0)
+
+
+def test_too_much_is_refused(base: Base) -> None:
+    engine = base.engine(limits=Limits(max_batch=1, max_waiting=1, max_answer_tokens=200))
+    prompt = engine.encode([Message("user", "裙")])
+    queue: SimpleQueue[Update] = SimpleQueue()
+    with pytest.raises(TooLongError, match="max_tokens must be at most 200 tokens"):
+        engine.submit(prompt, queue.put, Sampling(max_tokens=201))
+    with pytest.raises(TooLongError, match="the prompt and max_tokens together"):
+        engine.submit([5] * engine.model.config.max_position_embeddings, queue.put, Sampling(1))
+    with pytest.raises(UserError, match="adapter must be one of those loaded"):
+        engine.submit(prompt, queue.put, LONG, "nobody")
+    with pytest.raises(BusyError, match="waiting already"):
+        [engine.submit(prompt, queue.put, LONG, "p5") for _ in range(5)]
+    engine.close(drain=False)
+    with pytest.raises(BusyError, match="shutting down"):
+        engine.submit(prompt, queue.put, LONG)
+    with pytest.raises(BusyError, match="shutting down"):
+        engine.add_adapter("new", "nowhere")
+
+
+def test_out_of_memory_ends_answers_and_not_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ask(engine, "p5", Sampling(8))
+
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("chatglm_ptuning.serving.batch.choose_tokens", fail)
+        *_, update = engine.stream(engine.encode([Message("user", "裙")]), LONG)
+    assert (update.finish_reason, update.error) == ("error", "out of memory")
+    assert ask(engine, "p5", Sampling(8)) == expected
+
+
+def test_removed_lora_finishes_its_answers(bases: dict[str, Base], saved: dict[str, Path]) -> None:
+    engine = bases["glm"].engine()
+    expected = ask(engine, "lora", LONG)
+    queue: SimpleQueue[Update] = SimpleQueue()
+    engine.submit(engine.encode([Message("user", "裙")]), queue.put, LONG, "lora")
+    queue.get(timeout=60)
+    engine.remove_adapter("lora")
+    assert last(queue).message.content == expected
+    with pytest.raises(UserError, match="adapter must be one of those loaded"):
+        ask(engine, "lora", LONG)
+    engine.add_adapter("other", saved["lora"])
+    assert "lora" not in list_adapters(engine.model)
+    assert ask(engine, "other", LONG) == expected
+    engine.close()
+
+
+def test_adapter_that_cannot_be_loaded_changes_nothing(engine: Engine, tmp_path: Path) -> None:
+    names, expected = engine.adapters, ask(engine, "lora", Sampling(8))
+    for name in ("new", "p5", "lora"):
+        with pytest.raises(UserError):
+            engine.add_adapter(name, tmp_path)
+    assert engine.adapters == names
+    assert ask(engine, "lora", Sampling(8)) == expected
