@@ -32,10 +32,12 @@ class Chat:
     Args:
         sides: The conversation, and the one beside it; empty where nothing is compared.
         turn: Counts what the visitor did; an answer under way ends when it changes.
+        lines: What was last said beneath each answer.
     """
 
     sides: list[list[Message]] = field(default_factory=lambda: [[], []])
     turn: int = 0
+    lines: list[str] = field(default_factory=list)
 
 
 def ask(messages: Sequence[Message], text: str) -> list[Message]:

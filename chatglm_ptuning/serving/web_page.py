@@ -69,11 +69,11 @@ class WebPage(PageLayout):
             bot.clear(self.clear, [self.chat, self.languages], shown, **QUICK)
         self.box.stop(
             self.stop,
-            [self.chat, self.languages, *self.statuses],
+            [self.chat, self.languages],
             shown,
             cancels=answering,
             **QUICK,
-        )
+        ).then(self.say_stopped, [self.chat, self.languages], self.statuses, **QUICK)
         self.left.input(
             self.choose,
             [self.left, self.languages],
@@ -161,7 +161,7 @@ class WebPage(PageLayout):
                     for place, update in news:
                         progress[place].add(update)
                         hear(asked[place], update)
-                    statuses = [each.text(language) for each in progress]
+                    statuses = chat.lines = [each.text(language) for each in progress]
                     yield self.view(chat, language, statuses, gr.skip())
         except (UserError, BusyError) as error:
             chat.sides = sides
@@ -215,7 +215,7 @@ class WebPage(PageLayout):
         """All is taken back."""
         return self.view(Chat(turn=chat.turn + 1), language, [], READY)
 
-    def stop(self, chat: Chat, language: str, *lines: str) -> tuple:
+    def stop(self, chat: Chat, language: str) -> tuple:
         """The answer ends here; if there is none yet, its message goes back into the box."""
         chat.turn += 1
         text = None
@@ -227,7 +227,13 @@ class WebPage(PageLayout):
                 side.append(Message("assistant", ""))
         box = READY if text is None else READY | {"value": text}
         _, left, right, *_ = self.view(chat, language, [], box)
-        return chat, left, right, *(stopped(line, language) for line in lines), box
+        return chat, left, right, gr.skip(), gr.skip(), box
+
+    def say_stopped(self, chat: Chat, language: str) -> list[str]:
+        """The lines beneath the answers say so, after the last one of the stopped stream came."""
+        end = f" · {TEXTS[language]['cancelled']}"
+        lines = [f"<p>{escape(line + end)}</p>" for line in chat.lines]
+        return [*lines, "", ""][:2]
 
     def choose(self, name: str, language: str) -> tuple:
         """Another one answers: its name above the conversation, its examples."""
@@ -304,10 +310,3 @@ class WebPage(PageLayout):
             run_html(self.runs.get(trained), language),
             *(gr.update(**change) for change in changes.values()),
         ]
-
-
-def stopped(line: str, language: str) -> str:
-    """The line beneath an answer that was stopped."""
-    texts = TEXTS[language]
-    text = texts["cancelled"]
-    return line.replace("</p>", f" · {text}</p>") if line and texts["working"] not in line else ""

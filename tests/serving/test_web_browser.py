@@ -1,6 +1,7 @@
 """The web page in headless Chromium, over the demo model with a strong random prefix."""
 
 import json
+import re
 import shutil
 import socket
 import time
@@ -129,7 +130,7 @@ def test_stop_ends_the_answer(page):
     stopped = answers(page)
     page.wait_for_timeout(400)
     assert answers(page) == stopped
-    assert page.locator("#status-left").inner_text().rstrip().endswith(("已停止", "stopped"))
+    page.locator("#status-left").get_by_text(re.compile("(已停止|stopped)$")).wait_for()
 
 
 def test_switched_adapter_answers_otherwise(page):
