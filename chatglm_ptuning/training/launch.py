@@ -4,6 +4,7 @@ import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
 
 
@@ -23,6 +24,14 @@ def main(arguments: list[str]) -> int:
         print(
             f"error: process {rank} of the run was killed by {name}; look into the system's log, then go on with "
             "training.resume_from_checkpoint=true",
+            file=sys.stderr,
+        )
+        return 1
+    except RendezvousError as error:
+        reason = str(error) or type(error).__name__
+        print(
+            f"error: the hosts of a run must meet at RENDEZVOUS, but they did not ({reason}); when the last run has "
+            "ended everywhere, start the command on each of NUM_HOSTS hosts with the same RENDEZVOUS",
             file=sys.stderr,
         )
         return 1
