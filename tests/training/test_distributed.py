@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -215,3 +218,57 @@ def test_every_mode_trains_saves_evaluates_and_resumes(mode: str, kind: str, hom
     check_memory(home, mode, kind)
     check_checkpoint(home, mode, kind)
     check_resumed(home, mode, [kind])
+
+
+def start_host(home: Path, out: Path, port: int, *more: str) -> subprocess.Popen[str]:
+    """One of two hosts that meet on the loopback: an agent with one process."""
+    command = [sys.executable, "-m", "chatglm_ptuning.training.launch", "--nnodes", "2"]
+    command += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "test"]
+    command += ["--rdzv_endpoint", f"127.0.0.1:{port}", "-m", "chatglm_ptuning", "train"]
+    command += ["--config", str(home / "run.yaml"), *KINDS["ptuning_v2"], *LONG]
+    command += ["training.per_device_train_batch_size=2", f"training.output_dir={out}", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+LONG = ["training.max_steps=60", "training.save_steps=1", "data.validation_file=null"]
+LONG += ["training.eval_strategy=no", "training.save_total_limit=2"]
+
+
+def kill_host(agent: subprocess.Popen[str]) -> None:
+    """Take an agent and its process away, as a power cut does."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    for pid in (*map(int, children), agent.pid):
+        os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
+@pytest.mark.slow
+def test_a_host_is_lost_and_the_run_goes_on(home: Path) -> None:
+    out, alone = home / "hosts", home / "alone"
+    run(
+        RunConfig.load(
+            home / "run.yaml", [*KINDS["ptuning_v2"], *LONG, f"training.output_dir={alone}"]
+        )
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = [start_host(home, out, port) for _ in range(2)]
+    while all(host.poll() is None for host in hosts):
+        if (out / "checkpoint-6").exists():
+            break
+        time.sleep(0.02)
+    kill_host(hosts[1])
+    _, error = hosts[0].communicate(timeout=100)
+    assert hosts[0].returncode == 1
+    # its process sees the connection go, or its agent is the first to know
+    assert "go on with training.resume_from_checkpoint=true" in error
+    assert max(logged(out, "loss")) < 60
+    hosts = [start_host(home, out, port, "training.resume_from_checkpoint=true") for _ in range(2)]
+    for host in hosts:
+        _, error = host.communicate(timeout=200)
+        assert host.returncode == 0, error[-3000:]
+    assert logged(out, "loss") == pytest.approx(logged(alone, "loss"), abs=1e-4)
