@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.tuners import lora, lora_names, peft_prefix, prefix
+from chatglm_ptuning.tuners import lora, lora_names, peft_prefix, prefix, prompt
+from chatglm_ptuning.tuners.prefix import PrefixTuningConfig
+from chatglm_ptuning.tuners.prompt_encoder import PromptEncoderConfig, PromptTuningConfig
 from chatglm_ptuning.tuners.released_prefix import read_released_prefix
 
 logger = logging.getLogger(__name__)
@@ -30,8 +32,12 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint"
 SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-KINDS: dict[str, ModuleType] = {prefix.PrefixTuningConfig.peft_type: prefix}  # all others: lora
-ALL_KINDS = (*KINDS.values(), lora)
+KINDS: dict[str, ModuleType] = {
+    PrefixTuningConfig.peft_type: prefix,
+    PromptTuningConfig.peft_type: prompt,
+    PromptEncoderConfig.peft_type: prompt,
+}  # all others: lora
+ALL_KINDS = (prefix, prompt, lora)
 
 
 def list_adapters(model: PreTrainedModel) -> dict[str, ModuleType]:
@@ -181,7 +187,7 @@ def save_adapter(
     }
     metadata = {"format": "pt", FINGERPRINT: json.dumps(fingerprint(model))}
     partial = directory / f".partial-{WEIGHTS_FILE}"
-    save_file(tensors, partial, metadata)
+    partial.write_bytes(save(tensors, metadata))  # save_file would let nobody else read it
     os.replace(partial, directory / WEIGHTS_FILE)
 
 
