@@ -15,10 +15,13 @@ from chatglm_ptuning.tuners.adapters import (
 from chatglm_ptuning.tuners.merging import combine_adapters, merge_adapter, merged_adapter
 from chatglm_ptuning.tuners.peft_prefix import export_peft_prefix
 from chatglm_ptuning.tuners.prefix import PrefixTuningConfig
+from chatglm_ptuning.tuners.prompt_encoder import PromptEncoderConfig, PromptTuningConfig
 
 __all__ = [
     "LoraConfig",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "active_adapters",
     "add_adapter",
     "combine_adapters",
