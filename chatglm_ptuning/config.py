@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -27,6 +27,7 @@ from chatglm_ptuning.data.config import DataConfig
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.training.arguments import OTHER_ARGUMENTS, RENAMED_ARGUMENTS, RunArguments
 from chatglm_ptuning.tuners.prefix import PrefixTuningConfig
+from chatglm_ptuning.tuners.prompt_encoder import PromptEncoderConfig, PromptTuningConfig
 from chatglm_ptuning.version import __version__
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,8 @@ RUN_CONFIG_FILE = "run_config.yaml"
 # `adapter.type` -> where its run is written by default
 OUTPUT_DIRS = {
     "ptuning_v2": "outputs/ptuning",
+    "prompt_tuning": "outputs/prompt",
+    "ptuning_v1": "outputs/ptuning_v1",
     "lora": "outputs/lora",
     "adalora": "outputs/adalora",
     "ia3": "outputs/ia3",
@@ -69,12 +72,31 @@ class AdapterSection:
     Args:
         type: A key of `OUTPUT_DIRS`; "full" trains every weight of the base.
         start: `adapter.from` in the YAML: an adapter directory whose tensors a new run starts from.
+        init: What a prefix of "ptuning_v2" starts as: "random", or "text", the keys and values of `init_text`.
+        init_text: That text; the prefix is as long as it is in tokens.
         settings: Fields of that tuner's config class, e.g. num_virtual_tokens; of "full" only `train_last_layers`.
     """
 
     type: str = "ptuning_v2"
     start: str | None = None
+    init: Literal["random", "text"] = "random"
+    init_text: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        starts, text = self.start is not None, self.init == "text"
+        rules = {
+            "from must be null where every weight is trained": not (starts and self.type == "full"),
+            "from must be null beside init=text": not (starts and text),
+            "init=text and init_text must come together": text == bool(self.init_text),
+            "prefix_projection must be false beside init=text": not (
+                text and self.settings.get("prefix_projection")
+            ),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                got = f"from={self.start!r}, init={self.init!r}, init_text={self.init_text!r}"
+                raise UserError(f"adapter.{rule}, got {got}; leave one of them out")
 
     def tuner_config(self) -> Any:
         """The tuner's config object; None where every weight is trained.
@@ -93,8 +115,13 @@ def tuner_class(kind: str) -> Any:
     """The config class of an `adapter.type`; None for "full". peft's are imported here: that takes seconds."""
     if kind == "full":
         return None
-    if kind == "ptuning_v2":
-        return PrefixTuningConfig
+    own = {
+        "ptuning_v2": PrefixTuningConfig,
+        "prompt_tuning": PromptTuningConfig,
+        "ptuning_v1": PromptEncoderConfig,
+    }
+    if kind in own:
+        return own[kind]
     import peft
 
     return {"lora": peft.LoraConfig, "adalora": peft.AdaLoraConfig, "ia3": peft.IA3Config}[kind]
@@ -188,6 +215,8 @@ class RunConfig:
         sections["adapter"] = {"type": self.adapter.type, **self.adapter.settings}
         if self.adapter.start is not None:
             sections["adapter"]["from"] = os.path.abspath(self.adapter.start)
+        if self.adapter.init_text is not None:
+            sections["adapter"] |= {"init": self.adapter.init, "init_text": self.adapter.init_text}
         sections["training"]["output_dir"] = str(self.output_dir)
         # The adapter is used from other directories than the one it was trained in.
         sections["model"]["path"] = os.path.abspath(self.model.path)
@@ -328,8 +357,12 @@ def parse_adapter(values: Mapping[str, Any], places: dict[str, str]) -> AdapterS
         raise UserError(
             f"{places['adapter.type']}: adapter.type must be one of {', '.join(OUTPUT_DIRS)}, got {kind!r}"
         )
-    start = section.pop("from", None)
-    check_types({"from": start}, {"from": str | None}, "adapter.", places)
+    own: dict[str, Any] = {"from": str | None}
+    if kind == "ptuning_v2":
+        hints = typing.get_type_hints(AdapterSection)
+        own |= {name: hints[name] for name in ("init", "init_text")}
+    start = {key: section.pop(key) for key in own if key in section}
+    check_types(start, own, "adapter.", places)
     config_class = tuner_class(kind)
     fields = {"train_last_layers": int | None}
     if config_class is not None:
@@ -338,9 +371,9 @@ def parse_adapter(values: Mapping[str, Any], places: dict[str, str]) -> AdapterS
     for other, key in OTHER_NAMES.items():
         if other in section and key in fields:
             section[key] = section.pop(other)
-    check_keys(section, ["type", "from", *fields], "adapter.", places)
+    check_keys(section, ["type", *own, *fields], "adapter.", places)
     check_types(section, fields, "adapter.", places)
-    return AdapterSection(type=kind, start=start, settings=section)
+    return AdapterSection(type=kind, start=start.pop("from", None), **start, settings=section)
 
 
 def parse_training(values: Mapping[str, Any], places: dict[str, str]) -> dict[str, Any]:

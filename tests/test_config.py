@@ -73,6 +73,23 @@ def test_full_training_has_no_tuner(tmp_path: Path) -> None:
             "there is no key adapter.num_virtual_tokens",
         ),
         ("adapter: {type: lroa}", "run.yaml:1: adapter.type must be one of ptuning_v2, "),
+        ("adapter: {from: 3}", "run.yaml:1: adapter.from must be text or null, got 3"),
+        ("adapter: {init: words}", "run.yaml:1: adapter.init must be one of random, text, got"),
+        ("adapter: {type: lora, init: text}", "run.yaml:1: there is no key adapter.init;"),
+        ("adapter: {init: text}", "init_text must come together, got from=None, init='text'"),
+        ("adapter: {init_text: 你好}", "come together, got from=None, init='random'"),
+        (
+            "adapter: {init: text, init_text: 你好, prefix_projection: true}",
+            "adapter.prefix_projection must be false beside init=text, got ",
+        ),
+        (
+            "adapter: {init: text, init_text: 你好, from: a}",
+            "adapter.from must be null beside init=text, got from='a'",
+        ),
+        (
+            "adapter: {type: full, from: a}",
+            "adapter.from must be null where every weight is trained, got from='a'",
+        ),
         ("model: {path: 3}", "run.yaml:1: model.path must be text, got 3"),
         (
             "model: {quantization_bit: true}",
@@ -103,6 +120,19 @@ def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
         load(tmp_path, text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["adapter: {init: text, init_text: 你好, num_virtual_tokens: 2}", "adapter: {from: a}"],
+)
+def test_where_an_adapter_starts_is_saved(tmp_path: Path, text: str) -> None:
+    config = load(tmp_path, text)
+    config.save(tmp_path)
+    saved = RunConfig.load(tmp_path / RUN_CONFIG_FILE).adapter
+    assert (saved.init, saved.init_text) == (config.adapter.init, config.adapter.init_text)
+    assert saved.start == (os.path.abspath("a") if config.adapter.start else None)
+    assert saved.settings == config.adapter.settings
 
 
 @pytest.mark.parametrize(
