@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from chatglm_ptuning.config import RunConfig
@@ -30,9 +31,10 @@ from chatglm_ptuning.training.freezing import train_last_layers
 from chatglm_ptuning.training.guard import EarlyStopping, collapse
 from chatglm_ptuning.training.interrupt import StopOnSigterm
 from chatglm_ptuning.training.report import RunReport, trained_share
-from chatglm_ptuning.training.resume import starting_point
+from chatglm_ptuning.training.resume import start_from_adapter, starting_point
 from chatglm_ptuning.training.trainer import AdapterTrainer, LossError
-from chatglm_ptuning.tuners import add_adapter, disable_adapters
+from chatglm_ptuning.tuners import PromptTuningConfig, add_adapter, disable_adapters
+from chatglm_ptuning.tuners.prefix_init import init_from_text
 
 ADAPTER = "default"
 VALIDATION_PREDICTIONS = "validation_predictions.jsonl"
@@ -84,7 +86,9 @@ def run(config: RunConfig) -> None:
 
     # ---- model, adapter, trainer
     set_seed(arguments.seed)
-    model = make_model(config, arguments)
+    model = make_model(config, arguments, tokenizer)
+    if config.adapter.start is not None and checkpoint is None:
+        start_from_adapter(model, ADAPTER, config.adapter.start, say)
     say(trained_share(model, config.adapter.type))
 
     def score(questions: list[Prompt], file: str) -> dict[str, float]:
@@ -205,11 +209,13 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     return {"use_cpu": device == "cpu", **config.training}
 
 
-def make_model(config: RunConfig, arguments: RunArguments) -> PreTrainedModel:
+def make_model(
+    config: RunConfig, arguments: RunArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """The base with a fresh adapter, or with every weight trainable.
 
     Raises:
-        UserError: The base is to be trained itself, but not in float32.
+        UserError: The base is to be trained itself, but not in float32; or the adapter does not fit.
     """
     tuner, dtype = config.adapter.tuner_config(), config.model.dtype
     if tuner is None:
@@ -226,7 +232,17 @@ def make_model(config: RunConfig, arguments: RunArguments) -> PreTrainedModel:
         if (count := config.adapter.settings.get("train_last_layers")) is not None:
             train_last_layers(model, count)
         return model
+    if isinstance(tuner, PromptTuningConfig) and tuner.prompt_tuning_init_text is not None:
+        tuner.init_token_ids = tokenizer.encode_ordinary(tuner.prompt_tuning_init_text)
+    text = config.adapter.init_text
+    if text is None:
+        add_adapter(model, tuner, ADAPTER)
+        return model
+    ids = tokenizer.encode_ordinary(text)
+    if "num_virtual_tokens" not in config.adapter.settings:
+        tuner = replace(tuner, num_virtual_tokens=len(ids))
     add_adapter(model, tuner, ADAPTER)
+    init_from_text(model, ADAPTER, ids)
     return model
 
 

@@ -74,7 +74,7 @@ class PromptTuningConfig(SoftPromptConfig):
             takes the embeddings of a text's tokens, repeated or cut to P; "SAMPLE_VOCAB" those of tokens drawn at
             random.
         prompt_tuning_init_text: The text, for the record: a tuner knows no tokenizer.
-        init_token_ids: Its ids; empty where the vectors come from a file. Not saved.
+        init_token_ids: Its ids, which a run fills in; empty where the vectors come from a file. Not saved.
 
     Raises:
         UserError: A value that cannot be.
