@@ -1,12 +1,15 @@
-"""Where a run starts: anew, or from the checkpoint of a run that was stopped."""
+"""Where a run starts: anew, from the checkpoint of a run that was stopped, or anew from an adapter."""
 
 from collections.abc import Callable
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from chatglm_ptuning.config import RUN_CONFIG_FILE, RunConfig
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.training.arguments import RunArguments
 from chatglm_ptuning.training.checkpoints import find_checkpoint, require_whole, set_aside
+from chatglm_ptuning.tuners import load_adapter
 
 # Keys that may differ between a stopped run and its continuation without making it another run
 FREE_KEYS = {
@@ -43,6 +46,23 @@ def starting_point(
     check_settings(checkpoint, config, say)
     say(f"going on from {checkpoint}")
     return checkpoint
+
+
+def start_from_adapter(
+    model: PreTrainedModel, name: str, directory: str, say: Callable[[str], None]
+) -> None:
+    """Give a fresh adapter the tensors of an earlier one; nothing else of that run goes on.
+
+    Raises:
+        UserError: It is of another kind or shape, or for another base.
+    """
+    try:
+        load_adapter(model, directory, name)
+    except UserError as error:
+        raise UserError(
+            f"adapter.from must be an adapter like the one to be trained, but {error}"
+        ) from error
+    say(f"starting from the adapter in {directory}: optimizer, schedule and data start anew")
 
 
 def check_processes(checkpoint: Path, arguments: RunArguments, say: Callable[[str], None]) -> None:

@@ -223,6 +223,7 @@ def load_adapter(
     kind = KINDS.get(config["peft_type"], lora)
     check_fingerprint(model, metadata, directory)
     if name in list_adapters(model):
+        check_same(list_adapters(model)[name].config_of(model, name), config, directory)
         kind.load_tensors(model, name, tensors)
         return
     check_new(model, name)
@@ -238,6 +239,23 @@ def load_adapter(
         kind.detach(model, name)
         use_rows(model, active)
         raise
+
+
+def check_same(
+    here: Mapping[str, Any], read: Mapping[str, Any], directory: str | os.PathLike[str]
+) -> None:
+    """Compare the configs of two adapters in what the tensors' names and shapes do not tell.
+
+    Raises:
+        UserError: The tensors of one would be something else in the other.
+    """
+    for key in ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora"):
+        if key in read and read[key] != here.get(key):
+            old, new = (getattr(c.get(key), "value", c.get(key)) for c in (read, here))
+            raise UserError(
+                f"an adapter read into another must be alike, got {key}={old!r} in {os.fspath(directory)} and"
+                f" {key}={new!r} here; make them the same"
+            )
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
