@@ -20,7 +20,12 @@ from chatglm_ptuning.data.collator import Collator
 from chatglm_ptuning.data.packing import PackedDataset
 from chatglm_ptuning.training.packed_rows import examples_apart, restarting_positions
 from chatglm_ptuning.training.trainer import AdapterTrainer
-from chatglm_ptuning.tuners import PrefixTuningConfig, add_adapter
+from chatglm_ptuning.tuners import (
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    add_adapter,
+)
 from tests.training.conftest import MODELS, PAD, VOCAB, make_rows
 
 Train = Callable[..., AdapterTrainer]
@@ -53,6 +58,10 @@ TUNERS: dict[str, Callable[[], Any]] = {
     "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=5, prefix_dropout=0.0),
     "projected prefix": lambda: PrefixTuningConfig(
         num_virtual_tokens=5, prefix_projection=True, prefix_dropout=0.0
+    ),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=5),
+    "prompt encoder": lambda: PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
     ),
     "lora": lambda: peft.LoraConfig(
         r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0
@@ -105,9 +114,10 @@ def test_loss_and_gradients_equal_the_unpacked(
         assert gradient.any() or "bias" in name
 
 
+@pytest.mark.parametrize("tuner", ["prefix", "prompt"])
 @pytest.mark.parametrize("family", MODELS)
-def test_checkpointed_activations_change_nothing(family: str, train: Train) -> None:
-    trainer = train(model_with(family, "prefix"), start=False)
+def test_checkpointed_activations_change_nothing(family: str, tuner: str, train: Train) -> None:
+    trainer = train(model_with(family, tuner), start=False)
     _, expected = loss_and_gradients(trainer, batch_of(ROWS))
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     _, gradients = loss_and_gradients(trainer, batch_of(PACKED))
@@ -115,7 +125,7 @@ def test_checkpointed_activations_change_nothing(family: str, train: Train) -> N
         assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tuner", ["prefix", "lora", "full"])
+@pytest.mark.parametrize("tuner", ["prefix", "prompt", "lora", "full"])
 @pytest.mark.parametrize("family", MODELS)
 def test_a_packed_run_ends_where_the_unpacked_does(family: str, tuner: str, train: Train) -> None:
     def run(rows: Any) -> AdapterTrainer:
