@@ -16,7 +16,13 @@ from chatglm_ptuning.tuners import set_adapter
 from tests.serving.conftest import PREFIXES, Base
 
 NAMES = [None, "lora", *PREFIXES]
-TEXTS = ["你好", "Hello world, this is a test.", "它创建于哪一年？", "裙", "晚上睡不着应该怎么办" * 3]
+TEXTS = [
+    "你好",
+    "Hello world, this is a test.",
+    "它创建于哪一年？",
+    "裙",
+    "晚上睡不着应该怎么办" * 3,
+]
 MAX_TOKENS = 24
 
 
