@@ -113,11 +113,11 @@ class PromptTuning(nn.Module):
         longest, lengths = max(sizes), torch.tensor(sizes, device=tokens.device)
         past = cache.get_seq_length() if cache is not None else 0
         if mask is None:
+            check_goes_on(positions, tokens.shape[1], past - longest if past else 0)
             real = tokens.shape[1] + (past - longest if past else 0)
             mask = torch.ones(tokens.shape[0], real, dtype=torch.long, device=tokens.device)
-        has_own_positions = hasattr(
-            decoder, "get_position_ids"
-        )  # ChatGLM-6B: it tells examples apart
+        # ChatGLM-6B: it tells examples apart
+        has_own_positions = hasattr(decoder, "get_position_ids")
         if positions is None and not has_own_positions:
             positions = count_tokens(mask)[:, -tokens.shape[1] :]
         if past:
@@ -127,7 +127,7 @@ class PromptTuning(nn.Module):
                     f" cache holds {past} with a soft prompt of {longest} and {tokens.shape[1]} are new; give the"
                     " whole conversation anew, without a cache"
                 )
-            seen = torch.arange(longest, device=mask.device) < lengths[:, None]
+            seen = torch.arange(longest, device=mask.device) >= longest - lengths[:, None]
             call["attention_mask"] = torch.cat((seen.to(mask.dtype), mask), dim=1)
             call["position_ids"] = None if positions is None else shift(positions, lengths)
             return (), call
@@ -174,6 +174,29 @@ def check_room(mask: Tensor | None, cache: Any) -> None:
         raise UserError(
             f"attention_mask must be [batch, tokens] for a soft prompt, got the shape {tuple(mask.shape)!r};"
             " give 1 for a real token and 0 for padding"
+        )
+
+
+def check_goes_on(positions: Tensor | None, count: int, cached: int) -> None:
+    """Refuse tokens without a mask that do not follow those of the cache.
+
+    `generate()` on the cache of an earlier call takes the prompt's length for that of tokens, and so cuts off the wrong
+    ones. Two axes do not tell how many came before, but a token at a time always follows.
+
+    Args:
+        positions: As the caller gave them; None if he did not.
+        count: New tokens.
+        cached: Tokens in the cache, without those of the prompt.
+
+    Raises:
+        UserError: They do not.
+    """
+    if not cached or positions is None:
+        return
+    if int(positions[0, 0]) != cached if positions.ndim == 2 else count > 1:
+        raise UserError(
+            f"new tokens must follow the {cached} of the cache, got {count} elsewhere; with a soft prompt give the"
+            " whole conversation anew, without a cache"
         )
 
 
@@ -238,12 +261,15 @@ class Layout:
         )
         # The columns that no token has: the prompts, in order of the examples; after the last one a shorter row's end.
         free = (place < 0).cumsum(-1) - 1
-        vector, owner = free % longest, free.div(longest, rounding_mode="floor") + 1
-        seen = (vector < lengths[:, None]) & (owner <= example[:, -1:])
+        # A shorter prompt's vectors stand right before the tokens: where positions alone part the examples of a packed
+        # row, what is in front of them is apart as well.
+        vector = free % longest - (longest - lengths[:, None])
+        owner = free.div(longest, rounding_mode="floor") + 1
+        seen = (vector >= 0) & (owner <= example[:, -1:])
         own = segments.gather(1, place.clamp(min=0))
         return cls(
             columns,
-            source=torch.where(place < 0, vector, longest + place),
+            source=torch.where(place < 0, vector.clamp(min=0), longest + place),
             mask=torch.where(place < 0, owner * seen, own).to(mask.dtype),
         )
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.training.packed_rows import examples_apart
 from chatglm_ptuning.tuners import (
     LoraConfig,
     PrefixTuningConfig,
@@ -142,8 +143,9 @@ def test_packed_row_is_its_examples(family: str) -> None:
 
 
 @FAMILY
+@pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
-def test_every_row_has_its_own(family: str) -> None:
+def test_every_row_has_its_own(family: str, beams: int) -> None:
     """Two soft prompts of different lengths, a prefix and none, in one left-padded batch, generation included."""
     model = MODELS[family]()
     add_adapter(model, text_config(), "a")
@@ -153,7 +155,7 @@ def test_every_row_has_its_own(family: str) -> None:
     rows, names = [*ROWS, ROWS[0]], ["a", "b", "p", None]
     rows = [row[: row.index(SOP) + 1] for row in rows]
     ids, mask = padded(rows, "left"), mask_of(rows, "left")
-    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "eos_token_id": None}
     set_adapter(model, names)
     logits = model(input_ids=ids, attention_mask=mask).logits
     answers = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
@@ -165,6 +167,24 @@ def test_every_row_has_its_own(family: str) -> None:
     set_adapter(model, ["a", "b"])
     with pytest.raises(UserError, match="multiple of as many rows"):
         model(input_ids=ids[:3])
+
+
+@FAMILY
+@torch.no_grad()
+def test_packed_rows_have_their_own(family: str) -> None:
+    """As they are trained: where positions alone part the examples, so must they part what a shorter prompt leaves."""
+    model = MODELS[family]()
+    add_adapter(model, text_config(), "a")
+    add_adapter(model, PromptEncoderConfig(num_virtual_tokens=2), "b")
+    model.eval()
+    set_adapter(model, ["a", "b", None])
+    first, second = (torch.tensor([row] * 3) for row in ROWS[:2])
+    mask = torch.tensor([[1] * len(ROWS[0]) + [2] * len(ROWS[1])] * 3)
+    inputs = {"input_ids": torch.cat((first, second), dim=1), "attention_mask": mask}
+    with examples_apart(model, inputs) as given:
+        together = model(**given).logits
+    apart = torch.cat((model(first).logits, model(second).logits), dim=1)
+    assert_close(together, apart, rtol=0, atol=1e-4)
 
 
 @FAMILY
@@ -355,6 +375,16 @@ def test_one_sentence_where_it_does_not_fit(call: Any, message: str) -> None:
         call(model)
 
 
+@FAMILY
+def test_the_cache_of_an_earlier_answer_is_refused(family: str) -> None:
+    """`generate()` would take the prompt's length for that of tokens, and run on others than the new ones."""
+    model, settings = with_text(family), {"max_new_tokens": 4, "eos_token_id": None}
+    first = model.generate(torch.tensor(ROWS[:1]), return_dict_in_generate=True, **settings)
+    ids = torch.cat((first.sequences, torch.tensor([[7, 8]])), dim=1)
+    with pytest.raises(UserError, match=r"must follow the 11 of the cache"):
+        model.generate(ids, past_key_values=first.past_key_values, **settings)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -394,6 +424,6 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
     model = MODELS["glm"]()
     add_adapter(model, CONFIGS["mlp"])
     save_adapter(model, tmp_path)
-    add_adapter(model, PromptTuningConfig(2), "b")
+    add_adapter(model, CONFIGS["lstm"], "b")
     with pytest.raises(UserError, match="the saved soft prompt must hold"):
         load_adapter(model, tmp_path, "b")
