@@ -372,6 +372,8 @@ def parse_adapter(values: Mapping[str, Any], places: dict[str, str]) -> AdapterS
         if other in section and key in fields:
             section[key] = section.pop(other)
     check_keys(section, ["type", *own, *fields], "adapter.", places)
+    if section.get("num_virtual_tokens", 0) is None:  # takes a config's length back
+        del section["num_virtual_tokens"]
     check_types(section, fields, "adapter.", places)
     return AdapterSection(type=kind, start=start.pop("from", None), **start, settings=section)
 

@@ -135,6 +135,11 @@ def test_where_an_adapter_starts_is_saved(tmp_path: Path, text: str) -> None:
     assert saved.settings == config.adapter.settings
 
 
+def test_a_length_can_be_taken_back(tmp_path: Path) -> None:
+    text = "adapter: {num_virtual_tokens: 8, init: text, init_text: 你好}"
+    assert load(tmp_path, text, "adapter.num_virtual_tokens=null").adapter.settings == {}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
