@@ -31,7 +31,13 @@ def train(args: argparse.Namespace) -> None:
     from chatglm_ptuning.config import RunConfig
     from chatglm_ptuning.training.run import run
 
-    run(RunConfig.load(args.config, args.overrides))
+    config = RunConfig.load(args.config, args.overrides)
+    if args.estimate:
+        from chatglm_ptuning.training.estimate import estimate
+
+        print(estimate(config).text())
+    else:
+        run(config)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -140,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "train",
         help="train an adapter (or every weight) and score it against the untouched base",
-        usage=f"chatglm-ptuning train [--config FILE] {OVERRIDES}",
+        usage=f"chatglm-ptuning train [--config FILE] [--estimate] {OVERRIDES}",
         epilog="Sections: model, data, adapter, training (transformers' Seq2SeqTrainingArguments), generation. "
         "Example: train model.path=/data/chatglm-6b data.train_file=my.json training.learning_rate=1e-2",
     )
@@ -150,6 +156,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=PROJECT / "configs" / "ptuning_v2.yaml",
         metavar="FILE",
         help="YAML file of the run (default: P-Tuning v2 on the demo model and data)",
+    )
+    command.add_argument(
+        "--estimate",
+        action="store_true",
+        help="say how much memory the run needs on one device, and load nothing",
     )
     command.set_defaults(run=train, takes_overrides=True)
 

@@ -99,9 +99,13 @@ def trained_share(model: nn.Module, kind: str) -> str:
 
 def peak_memory() -> str:
     """The most memory this process held at once."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    text = f"peak memory {host / 2**30:.2f} GiB"
+    text = f"peak memory {peak_resident() / 2**30:.2f} GiB"
     if torch.cuda.is_available():
         text += f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     return text
+
+
+def peak_resident() -> int:
+    """The most bytes of main memory this process held at once."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

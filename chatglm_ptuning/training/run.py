@@ -215,22 +215,13 @@ def make_model(
     """The base with a fresh adapter, or with every weight trainable.
 
     Raises:
-        UserError: The base is to be trained itself, but not in float32; or the adapter does not fit.
+        UserError: As `base_dtype`; or the adapter does not fit.
     """
-    tuner, dtype = config.adapter.tuner_config(), config.model.dtype
-    if tuner is None:
-        if dtype not in ("auto", "float32") or config.model.quantization_bit is not None:
-            raise UserError(
-                "model.dtype must be auto or float32 and model.quantization_bit null where every weight is trained, "
-                f"got dtype={dtype!r}; set training.bf16=true to compute in half precision"
-            )
-        dtype = "float32"
+    tuner, dtype = config.adapter.tuner_config(), base_dtype(config)
     device = "cpu" if is_deepspeed_zero3_enabled() else arguments.device  # ZeRO-3 places the shards
     model = load_base_model(config.model.path, dtype, device, config.model.quantization_bit)
     if tuner is None:
-        model.requires_grad_(True)
-        if (count := config.adapter.settings.get("train_last_layers")) is not None:
-            train_last_layers(model, count)
+        train_weights(model, config)
         return model
     if isinstance(tuner, PromptTuningConfig) and tuner.prompt_tuning_init_text is not None:
         tuner.init_token_ids = tokenizer.encode_ordinary(tuner.prompt_tuning_init_text)
@@ -244,6 +235,30 @@ def make_model(
     add_adapter(model, tuner, ADAPTER)
     init_from_text(model, ADAPTER, ids)
     return model
+
+
+def base_dtype(config: RunConfig) -> str:
+    """What the weights of the base are loaded as.
+
+    Raises:
+        UserError: The base is to be trained itself, but not in float32.
+    """
+    dtype = config.model.dtype
+    if config.adapter.type != "full":
+        return dtype
+    if dtype not in ("auto", "float32") or config.model.quantization_bit is not None:
+        raise UserError(
+            "model.dtype must be auto or float32 and model.quantization_bit null where every weight is trained, "
+            f"got dtype={dtype!r}; set training.bf16=true to compute in half precision"
+        )
+    return "float32"
+
+
+def train_weights(model: PreTrainedModel, config: RunConfig) -> None:
+    """Make every weight of the base trainable, or those of its last layers."""
+    model.requires_grad_(True)
+    if (count := config.adapter.settings.get("train_last_layers")) is not None:
+        train_last_layers(model, count)
 
 
 def early_stopping(arguments: RunArguments) -> list[EarlyStopping]:
