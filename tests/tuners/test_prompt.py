@@ -278,6 +278,10 @@ def test_ours_reads_pefts(kind: str, tmp_path: Path) -> None:
     cls = peft.PromptTuningConfig if kind == "prompt tuning" else peft.PromptEncoderConfig
     settings = {key: value for key, value in vars(CONFIGS[kind]).items() if value is not None}
     other = peft.get_peft_model(MODELS["glm"](), cls(task_type="CAUSAL_LM", **settings)).eval()
+    for (
+        parameter
+    ) in other.prompt_encoder.parameters():  # else a fresh encoder of ours may have drawn the same
+        parameter.data += torch.randn_like(parameter)
     other.save_pretrained(tmp_path)
     model = MODELS["glm"]()
     load_adapter(model, tmp_path)
@@ -319,6 +323,19 @@ def test_gathered_values_are_saved(tmp_path: Path) -> None:
     encoder, saved = encoder_of(model, "default"), load_file(tmp_path / "adapter_model.safetensors")
     encoder.load_state_dict({n.split("default.")[1]: value for n, value in trained.items()})
     assert_close(saved["prompt_embeddings"], encoder(), rtol=0, atol=1e-6)
+
+
+def test_vectors_are_saved_without_dropout_and_trained_in_float32(tmp_path: Path) -> None:
+    model = MODELS["glm"]().to(torch.bfloat16).train()
+    shape = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8}
+    add_adapter(model, PromptEncoderConfig(3, encoder_dropout=0.5, **shape))
+    model(torch.tensor(ROWS[:1]), labels=torch.tensor(ROWS[:1])).loss.backward()
+    encoder = encoder_of(model, "default")
+    assert {parameter.grad.dtype for parameter in encoder.parameters()} == {torch.float32}
+    save_adapter(model, tmp_path)
+    assert encoder.training
+    saved = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    assert_close(saved, encoder.eval()().detach(), rtol=0, atol=1e-6)
 
 
 def test_last_one_taken_away_leaves_the_base() -> None:
