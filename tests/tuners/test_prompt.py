@@ -332,6 +332,8 @@ def test_vectors_are_saved_without_dropout_and_trained_in_float32(tmp_path: Path
     model(torch.tensor(ROWS[:1]), labels=torch.tensor(ROWS[:1])).loss.backward()
     encoder = encoder_of(model, "default")
     assert {parameter.grad.dtype for parameter in encoder.parameters()} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert encoder().dtype == torch.float32
     save_adapter(model, tmp_path)
     assert encoder.training
     saved = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
