@@ -181,7 +181,7 @@ def launch(
     Raises:
         UserError: The port is taken.
     """
-    from chatglm_ptuning.serving.web_style import CSS, THEME
+    from chatglm_ptuning.serving.web_style import CSS, PLAIN_EDITING, THEME
 
     reach_directly(host)
     page.blocks.queue(max_size=64, api_open=False)
@@ -193,6 +193,7 @@ def launch(
             auth=auth,
             theme=THEME,
             css=CSS,
+            js=PLAIN_EDITING,
             i18n=page.i18n,
             footer_links=[],
             run_history=False,

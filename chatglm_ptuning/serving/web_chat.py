@@ -19,7 +19,6 @@ from chatglm_ptuning.serving.web_text import TEXTS
 PAUSE = 0.04  # seconds between two updates of the page
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 MARKS = re.compile(r"[\\`*_\[\]<&~$|]|(?<!\S)[#>+-]|(?<=\d)[.)](?=\s)")
-ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")
 
 
 # ---- turns
@@ -130,11 +129,6 @@ def answer_markdown(message: Message, language: str) -> str:
 def escape_markdown(text: str) -> str:
     """A user's text that Markdown shows as it is (AdvertiseGen's `a#b*c#d*e` would be half in italics)."""
     return MARKS.sub(r"\\\g<0>", text)
-
-
-def unescape_markdown(text: str) -> str:
-    """What `escape_markdown` was given; the page's edit field holds the escaped text."""
-    return ESCAPED.sub(r"\1", text)
 
 
 def raw_prompt(tokenizer: Any, ids: Sequence[int]) -> str:

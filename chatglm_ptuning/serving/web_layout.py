@@ -117,6 +117,7 @@ class PageLayout:
                 self.columns.append(column)
                 self.bots.append(bot)
                 self.statuses.append(status)
+        self.notice = gr.HTML(elem_id="notice", padding=False)
         self.box = self.add(
             gr.Textbox,
             {"placeholder": "hint"},

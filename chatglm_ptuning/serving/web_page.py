@@ -26,7 +26,6 @@ from chatglm_ptuning.serving.web_chat import (
     room,
     shown,
     to_encode,
-    unescape_markdown,
 )
 from chatglm_ptuning.serving.web_layout import BASE, NOBODY, PageLayout
 from chatglm_ptuning.serving.web_run import Run, run_html
@@ -51,7 +50,7 @@ class WebPage(PageLayout):
 
     def connect(self) -> None:
         """What happens when."""
-        shown = [self.chat, *self.bots, *self.statuses, self.box]
+        shown = [self.chat, *self.bots, *self.statuses, self.notice, self.box]
         answering = [
             self.box.submit(
                 self.submit,
@@ -114,7 +113,7 @@ class WebPage(PageLayout):
     ) -> AsyncGenerator[tuple, None]:
         """A message is put in other words and answered again."""
         sides, _ = self.before(chat, event.index)
-        async for view in self.answer(chat, sides, unescape_markdown(event.value), *settings):
+        async for view in self.answer(chat, sides, event.value, *settings):
             yield view
 
     def before(self, chat: Chat, index: Any) -> tuple[list[list[Message]], str]:
@@ -166,7 +165,7 @@ class WebPage(PageLayout):
         except (UserError, BusyError) as error:
             chat.sides = sides
             box = READY | {"value": text}
-            yield self.view(chat, language, [explain(error, language)], box, is_notice=True)
+            yield self.view(chat, language, [], box, explain(error, language))
             return
         yield self.view(chat, language, statuses, READY)
 
@@ -198,12 +197,12 @@ class WebPage(PageLayout):
         return Request(ids, chosen, name if name != BASE else None, offered)
 
     def view(
-        self, chat: Chat, language: str, statuses: list[str], box: Any, is_notice: bool = False
+        self, chat: Chat, language: str, statuses: list[str], box: Any, notice: str = ""
     ) -> tuple:
-        """Values for the state, both conversations, both lines beneath them, and the box."""
-        kind = ' class="notice"' if is_notice else ""
-        lines = [f"<p{kind}>{escape(status)}</p>" for status in [*statuses, "", ""][:2]]
-        return (chat, *(shown(side, language) for side in chat.sides), *lines, box)
+        """Values for the state, both conversations, both lines beneath them, the notice, the box."""
+        lines = [f"<p>{escape(status)}</p>" for status in [*statuses, "", ""][:2]]
+        warning = f"<p>{escape(notice)}</p>" if notice else ""
+        return (chat, *(shown(side, language) for side in chat.sides), *lines, warning, box)
 
     def undo(self, event: gr.UndoData, chat: Chat, language: str) -> tuple:
         """A message and what followed are taken back; its text is in the box again."""
@@ -226,8 +225,8 @@ class WebPage(PageLayout):
             if side and side[-1].role != "assistant":
                 side.append(Message("assistant", ""))
         box = READY if text is None else READY | {"value": text}
-        _, left, right, *_ = self.view(chat, language, [], box)
-        return chat, left, right, gr.skip(), gr.skip(), box
+        _, left, right, _, _, notice, _ = self.view(chat, language, [], box)
+        return chat, left, right, gr.skip(), gr.skip(), notice, box
 
     def say_stopped(self, chat: Chat, language: str) -> list[str]:
         """The lines beneath the answers say so, after the last one of the stopped stream came."""

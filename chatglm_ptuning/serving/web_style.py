@@ -53,10 +53,11 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto; padding: 0 !important; }
-.gradio-container .app { padding: 0 !important; }
-.gradio-container main { padding: 14px 20px 20px !important; }
+.gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto; padding: 0 !important; }
+.gradio-container .app { width: 100%; max-width: none !important; padding: 0 !important; }
+.gradio-container main { width: 100%; max-width: none !important; padding: 14px 20px 20px !important; }
 #head { align-items: center; flex-wrap: nowrap; }
+#title { padding: 0 !important; }
 #title h1 { font-size: 20px; font-weight: 650; margin: 0; line-height: 1.3; }
 #title p { margin: 2px 0 0; font-size: 13px; color: var(--block-info-text-color); overflow-wrap: anywhere; }
 #language { flex: 0 0 auto; min-width: 0 !important; width: auto; border: 0; padding: 0; background: none; }
@@ -67,16 +68,19 @@ CSS = """
 #language label span { margin: 0; }
 
 .chat { height: clamp(280px, calc(100dvh - 440px), 900px) !important; }
-.chat .placeholder { max-width: 34em; text-align: center; }
+.chat .placeholder { max-width: 34em; margin: auto; text-align: center; }
+/* copying a user's message would copy the escapes that keep Markdown off it */
+.chat:not(:has(textarea)) .message-buttons-right button:first-child { display: none; }
 .status { min-height: 20px; padding: 0 4px !important; margin-top: -8px; }
 .status .html-container, .status .prose { padding: 0 !important; }
 #examples .gallery { gap: 8px; }
 #examples .gallery-item { font-size: 13px; padding: 4px 10px; border-radius: 999px; white-space: nowrap; }
 .status p { margin: 0; font-size: 12.5px; line-height: 20px; color: var(--block-info-text-color);
   font-variant-numeric: tabular-nums; }
-.status p.notice { color: #92400e; background: #fffbeb; border: 1px solid #fde68a; border-radius: 6px;
+#notice:not(:has(p)) { display: none; }
+#notice p { margin: 0; color: #92400e; background: #fffbeb; border: 1px solid #fde68a; border-radius: 6px;
   padding: 6px 10px; font-size: 13.5px; }
-.dark .status p.notice { color: #fcd34d; background: #422006; border-color: #78350f; }
+.dark #notice p { color: #fcd34d; background: #422006; border-color: #78350f; }
 
 #run .empty { text-align: center; padding: 64px 16px; color: var(--block-info-text-color); }
 #run .empty pre { display: inline-block; padding: 8px 14px; border-radius: 6px;
@@ -88,7 +92,8 @@ CSS = """
 #run h3 { font-size: 15px; font-weight: 600; margin: 0 0 2px; }
 #run .note { font-size: 12.5px; margin: 0 0 10px; color: var(--block-info-text-color); overflow-wrap: anywhere; }
 #run img { width: 100%; border-radius: 6px; background: white; }
-#run table { width: 100%; border: 0; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+#run table { width: 100%; border: 0 !important; border-collapse: collapse; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
 #run th { font-weight: 500; font-size: 12.5px; color: var(--block-info-text-color); }
 #run th, #run td { text-align: right; padding: 6px 4px; border: 0; border-bottom: 1px solid var(--block-border-color); }
 #run tr > :first-child { text-align: left; }
@@ -113,3 +118,12 @@ CSS = """
   #run .settings dd { margin-bottom: 6px; }
 }
 """
+
+# A field in which a message is edited shows the message, not the escapes that keep Markdown off it.
+PLAIN_EDITING = r"""() => new MutationObserver(() => {
+  for (const field of document.querySelectorAll(".chat textarea:not([data-plain])")) {
+    field.dataset.plain = "";
+    field.value = field.value.replace(/\\([!-/:-@\[-`{-~])/g, "$1");
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+}).observe(document.body, { childList: true, subtree: true })"""

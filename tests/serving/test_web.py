@@ -40,13 +40,9 @@ def test_earlier_turns_are_left_out_but_not_a_tools_question():
     assert web_chat.to_encode(messages, "", False) == messages[2:]
 
 
-@pytest.mark.parametrize(
-    "text", ["类型#椅子*材质#藤编*", "# a\n- b\n1. c", "<b>&amp;_x_`y`$$z$$|~~w~~[l](u)\\"]
-)
-def test_users_text_survives_markdown_and_back(text):
-    escaped = web_chat.escape_markdown(text)
-    assert web_chat.unescape_markdown(escaped) == text
-    assert escaped != text
+def test_users_text_is_kept_from_markdown():
+    text = "类型#椅子*材质#藤编\n# a\n1. c <b>"
+    assert web_chat.escape_markdown(text) == ("类型#椅子\\*材质#藤编\n\\# a\n1\\. c \\<b>")
 
 
 def test_html_in_an_answer_is_text_but_code_stays_code():

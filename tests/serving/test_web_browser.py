@@ -40,18 +40,29 @@ def adapter(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(adapter):
+def urls(adapter):
     args = Namespace(template=None, dtype="float32", device="cpu", quantization_bit=None)
     engine = web.open_engine(web.DEMO_MODEL, {"ads": adapter}, args)
     engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # a slow model
-    page = web.make_page(engine, {"ads": adapter}, web.DEMO_MODEL, None)
+    pages = [web.make_page(engine, {"ads": adapter}, web.DEMO_MODEL, None) for _ in range(2)]
+    ports = [free_port() for _ in pages]
+    web.launch(pages[0], "127.0.0.1", ports[0])
+    web.launch(pages[1], "127.0.0.1", ports[1], web.parse_auth("ann:a:b"))
+    yield [f"http://127.0.0.1:{port}" for port in ports]
+    for page in pages:
+        page.blocks.close()
+    engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def url(urls):
+    return urls[0]
+
+
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    web.launch(page, "127.0.0.1", port)
-    yield f"http://127.0.0.1:{port}"
-    page.blocks.close()
-    engine.close(drain=False)
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +179,89 @@ def test_html_of_a_message_is_text(page):
     user = page.locator("#chat-left [data-testid=user]")
     assert user.inner_text().strip() == "<img src=x onerror=alert(1)><b>粗</b>"
     assert user.locator("img, b").count() == 0
+
+
+def press(page, name):
+    buttons = {
+        "clear": page.locator("#chat-left button").first,
+        "undo": page.locator("#chat-left button").last,
+        "edit": page.locator("#chat-left .message-buttons-right button").last,
+        "submit": page.locator("#chat-left .message-buttons-right button").first,
+    }
+    buttons[name].click()
+
+
+def test_undo_takes_a_turn_back_on_both_sides(page):
+    choose(page, "right", -1)
+    send(page, QUESTION)
+    wait_until_done(page)
+    press(page, "undo")
+    page.wait_for_function(
+        "text => document.querySelector('#box textarea').value === text", arg=QUESTION
+    )
+    assert page.locator("[data-testid=user], [data-testid=bot]").count() == 0
+
+
+def test_clear_takes_all_back(page):
+    send(page, QUESTION)
+    wait_until_done(page)
+    press(page, "clear")
+    page.locator("#chat-left [data-testid=user]").wait_for(state="detached")
+    assert answers(page) == []
+    assert page.locator("#status-left").inner_text().strip() == ""
+
+
+def test_edited_message_is_answered_again(page):
+    send(page, QUESTION)
+    wait_until_done(page)
+    press(page, "edit")
+    field = page.locator("#chat-left textarea")
+    assert field.input_value() == QUESTION  # without the escapes that keep Markdown off it
+    field.fill("a\\*b*c")
+    press(page, "submit")
+    page.locator("#box .stop-button").wait_for()
+    wait_until_done(page)
+    assert page.locator("#chat-left [data-testid=user]").inner_text().strip() == "a\\*b*c"
+    assert len(answers(page)) == 1
+
+
+def test_raw_prompt_has_the_control_tokens(page):
+    page.fill("#box textarea", QUESTION)
+    page.click("#prompt button")
+    page.click("#show-prompt")
+    page.wait_for_function("document.querySelector('#raw-prompt textarea').value !== ''")
+    assert page.input_value("#raw-prompt textarea") == f"{QUESTION}[gMASK]<sop>"
+
+
+def test_switched_language_keeps_the_conversation(page):
+    send(page, QUESTION)
+    wait_until_done(page)
+    before = answers(page)
+    is_chinese = page.get_by_role("tab", name="对话").count() == 1
+    page.locator("#language").get_by_text("English" if is_chinese else "中文").click()
+    page.get_by_role("tab", name="Chat" if is_chinese else "对话").wait_for()
+    assert answers(page) == before
+    page.get_by_role("tab").nth(1).click()
+    page.locator("#run").get_by_text("Scores" if is_chinese else "成绩").wait_for()
+
+
+def test_too_long_message_is_refused_and_kept(page):
+    text = "椅子" * 600
+    page.fill("#box textarea", text)
+    page.press("#box textarea", "Enter")
+    page.locator("#notice").get_by_text("511").wait_for()
+    assert page.input_value("#box textarea") == text
+    send(page, QUESTION)
+    page.locator("#notice").wait_for(state="hidden")
+
+
+def test_visitors_are_asked_for_the_password(browser, urls):
+    page = browser.new_context(locale="en-US").new_page()
+    page.goto(urls[1])
+    for password, shown in (("b", "Incorrect Credentials"), ("a:b", "Answered by")):
+        page.locator("input").nth(0).fill("ann")
+        page.locator("input").nth(1).fill(password)
+        page.get_by_role("button", name="Login").click()
+        page.get_by_text(re.compile(shown, re.IGNORECASE)).first.wait_for()
+        assert page.locator("#box").count() == (password == "a:b")
+    page.context.close()
