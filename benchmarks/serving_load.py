@@ -2,7 +2,8 @@
 
 The server is a process of its own (`python -m chatglm_ptuning serve`) with the base and random prefixes of several
 lengths. The greedy answer to every (model, prompt) is asked for once, alone; afterwards each client asks for one after
-another without a pause, every other one as a stream, and each answer must be the known one.
+another without a pause, every other one as a stream, and each answer must be the known one
+(float32: in bfloat16 the likeliest two tokens may change places with the batch).
 
     python benchmarks/serving_load.py --clients 64 --seconds 120
 """
@@ -50,7 +51,13 @@ def make_adapters(folder: Path) -> list[str]:
 
 def start_server(adapters: list[str]) -> tuple[subprocess.Popen[str], str]:
     """The server's process and its address, once it listens."""
-    command = [sys.executable, "-m", "chatglm_ptuning", "serve", "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "chatglm_ptuning", "serve", "--port", "0"]
+    command += [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]  # bfloat16 rounds otherwise in other batches
     for adapter in adapters:
         command += ["--adapter", adapter]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
