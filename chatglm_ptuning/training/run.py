@@ -171,7 +171,7 @@ def run(config: RunConfig) -> None:
         report = RunReport(
             config,
             steps=trainer.state.global_step,
-            loss=next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row),
+            loss=last_loss(trainer.state.log_history),
             scored=scored,
             seconds=time.monotonic() - started,
         )
@@ -191,6 +191,14 @@ def rows_line(split: str, account: DataReport, config: RunConfig) -> str:
         command += [f"data.max_source_length={limits[0]} data.max_target_length={limits[1]}"]
         lines += [f"  {advice}", f"  row by row, with all lengths: {' '.join(command)}"]
     return "\n".join(lines)
+
+
+def last_loss(rows: list[dict[str, float]]) -> float:
+    """The training loss last logged; of a run too short for a log, the mean that transformers gives at its end."""
+    for row in reversed(rows):
+        if "loss" in row:
+            return row["loss"]
+    return next(row["train_loss"] for row in reversed(rows) if "train_loss" in row)
 
 
 def training_settings(config: RunConfig) -> dict[str, Any]:

@@ -123,6 +123,14 @@ def test_a_run_writes_and_says_all_of_it(
     assert f"{scores['tuned']['rouge-l']:>8.2f}" in (out / "report.md").read_text()
 
 
+def test_a_run_too_short_for_a_log_is_reported(
+    train: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("max_steps=1", "logging_steps=5", "save_strategy=no")
+    assert train(*(f"training.{setting}" for setting in settings)) == 0
+    assert "1 steps, training loss " in capsys.readouterr().out
+
+
 def test_base_weights_stay_as_they_are(
     train: Command, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
