@@ -269,6 +269,7 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
         return *read_released_prefix(path), {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+        check_kind(config, file)
         weights = path / WEIGHTS_FILE
         if weights.is_file():
             with safe_open(weights, framework="pt") as opened:
@@ -282,6 +283,20 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
             " copy it again"
         ) from error
     return config, tensors, {}
+
+
+def check_kind(config: Any, file: Path) -> None:
+    """Refuse a config that does not tell the adapter's kind.
+
+    Raises:
+        UserError: It is no object, or its `peft_type` is no word.
+    """
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(peft_type, str):
+        raise UserError(
+            f"{CONFIG_FILE} must be an object with a peft_type, got peft_type={peft_type!r} in {str(file)!r}; copy the"
+            " adapter again"
+        )
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class PrefixTuningConfig:
     embedding_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1:
+        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
             raise UserError(
                 f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens!r}"
             )
