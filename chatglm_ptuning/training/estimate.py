@@ -15,6 +15,7 @@ The network and what is trained are made on the meta device, so parameters are c
       norms          2 T H r            the input of each
       attention      2 T A c            query and output
                      2 B (S + P) A c    keys and values; grouped heads are repeated before a kernel that takes a mask
+                     2 T A c            ChatGLM-6B without a prefix: values are a view of the fused q, k, v
                      B S (S + P) c      the mask, made floating-point in each layer
                      4 T heads          logarithms of the sums of the softmax (FlashAttention, arXiv 2205.14135)
       feed-forward   T F c              ChatGLM-6B: the input of GELU
@@ -166,7 +167,7 @@ def estimate(config: RunConfig) -> Estimate:
         UserError: The config or config.json is wrong, or the state of the optimizer is not known here.
     """
     libraries = peak_resident()
-    defaults = {field.name: field.default for field in fields(RunArguments)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(RunArguments)}
     settings = defaults | training_settings(config)
     device = resolve_device("cpu" if settings["use_cpu"] else config.model.device)
     dtype, bits = resolve_dtype(base_dtype(config), device), config.model.quantization_bit
@@ -353,6 +354,8 @@ def layer_bytes(layer: nn.Module, config: PreTrainedConfig, batch: Batch) -> int
     kept += tokens * inner * bytes_ * (1 if is_chatglm else 3)
     noise = 1 if batch.is_on_gpu else bytes_
     kept += 2 * batch.rows * batch.prefix * kv_heads(config) * head_size(config) * noise
+    if is_chatglm and not batch.prefix:
+        kept += 2 * tokens * width * bytes_
     if is_trained(layer.input_layernorm):
         kept += tokens * (2 * hidden + inner) * bytes_
         if not is_chatglm:
@@ -383,7 +386,7 @@ def peft_bytes(layer: nn.Module, batch: Batch) -> int:
     return kept
 
 
-def is_trained(module: nn.Module) -> bool:
+def is_trained(module: Any) -> bool:
     """Whether anything in it is."""
     return any(parameter.requires_grad for parameter in module.parameters())
 

@@ -181,6 +181,7 @@ class AdapterTrainer(Trainer):
         targets = inputs["labels"][:, 1:]
         is_target = targets != IGNORED
         rows = {name: value for name, value in inputs.items() if name != "labels"}
+        rows["use_cache"] = False  # else the keys and values of all layers outlive the forward pass
         with (
             logits_at(self.model, F.pad(is_target, (0, 1))),
             examples_apart(self.model, rows) as rows,
