@@ -1,0 +1,41 @@
+"""The README names what is there: every file in its tree, every path in its commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("chatglm_ptuning", "configs", "scripts", "benchmarks")
+PATHS = re.compile(r"(?<![\w/=.])(?:configs|scripts|benchmarks|tests|docs|demo)/[\w/.-]*\w")
+
+
+def files_in_tree(readme: str) -> set[str]:
+    """The paths in the tree under "Files", from its indentation."""
+    tree = readme.split("## Files")[1].split("```")[1]
+    trail: list[str] = []
+    found = set()
+    for line in filter(str.strip, tree.splitlines()):
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        trail[depth:] = [name.rstrip("/")]
+        if not name.endswith("/"):
+            found.add("/".join(trail))
+    return found
+
+
+def test_the_tree_is_the_one_on_disk() -> None:
+    on_disk = {
+        str(path.relative_to(ROOT))
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".sh", ".yaml", ".json"} and path.name != "__init__.py"
+    }
+    assert files_in_tree((ROOT / "README.md").read_text(encoding="utf-8")) == on_disk
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_what_commands_name_is_there(name: str) -> None:
+    readme = (ROOT / name).read_text(encoding="utf-8")
+    paths = set(PATHS.findall(readme))
+    assert "scripts/train_ptuning.sh" in paths
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
