@@ -31,6 +31,11 @@ def named_directories(texts: Sequence[str]) -> dict[str, Path]:
     return directories
 
 
+def name_of(directory: Path) -> str:
+    """The name of an adapter that was given none; a name has no full stop."""
+    return directory.resolve().name.replace(".", "_")
+
+
 def find_base(model: str | Path | None, adapters: Mapping[str, Path]) -> Path:
     """The checkpoint directory to serve: the one given, or else the adapters', or else the demo's.
 
@@ -74,7 +79,7 @@ def open_engine(
     """
     adapters = dict(adapters) if adapters is not None else {}
     if model is not None and is_adapter(model):
-        adapters = {Path(model).resolve().name: Path(model)} | adapters
+        adapters = {name_of(Path(model)): Path(model)} | adapters
     base = find_base(model, adapters)
     tokenizer = load_tokenizer(base)
     chat_format = template_of(tokenizer, template, list(adapters.values()))

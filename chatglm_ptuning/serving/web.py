@@ -7,15 +7,14 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.config import OUTPUT_DIRS, PROJECT
+from chatglm_ptuning.config import OUTPUT_DIRS
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.loading import base_of, is_adapter, load_model, load_tokenizer, template_of
+from chatglm_ptuning.loading import base_of, is_adapter
 from chatglm_ptuning.serving.engine import Engine
+from chatglm_ptuning.serving.opening import DEMO_MODEL, name_of, named_directories, open_engine
 from chatglm_ptuning.serving.web_text import LANGUAGES
-from chatglm_ptuning.tuners import load_adapter
 
-DEMO_MODEL = PROJECT / "demo" / "model"
 # Whatever an answer contains, the browser fetches nothing from another machine.
 CONTENT_POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
@@ -78,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"opening {shown_path(model_path)}",
         *(f"with {n} ({shown_path(d)})" for n, d in adapters.items()),
     )
-    engine = open_engine(model_path, adapters, args)
+    engine = open_engine(
+        model_path, adapters, args.template, args.dtype, args.device, args.quantization_bit
+    )
     page = make_page(engine, adapters, model_path, args.language)
     try:
         launch(page, args.host, args.port, auth, args.share)
@@ -113,14 +114,9 @@ def choose_paths(
     Raises:
         UserError: An adapter is not given as NAME=DIR, or nothing says which base it is for.
     """
-    adapters: dict[str, Path] = {}
+    adapters = named_directories(named)
     if prefix is not None:
-        adapters[name_of(Path(prefix))] = Path(prefix)
-    for text in named:
-        name, equals, directory = text.partition("=")
-        if not (name and equals and directory) or name in adapters:
-            raise UserError(f"--adapter must be NAME=DIR, each name once, got {text!r}")
-        adapters[name] = Path(directory)
+        adapters = {name_of(Path(prefix)): Path(prefix)} | adapters
     if model is None and not adapters:
         trained = Path(OUTPUT_DIRS["ptuning_v2"])
         if not is_adapter(trained):
@@ -137,25 +133,6 @@ def choose_paths(
             " if it is a released prefix (pytorch_model.bin)"
         )
     return base_of(first), adapters
-
-
-def name_of(directory: Path) -> str:
-    """The name of an adapter that was given none."""
-    return directory.resolve().name.replace(".", "_")
-
-
-def open_engine(model_path: Path, adapters: dict[str, Path], args: argparse.Namespace) -> Engine:
-    """Load everything.
-
-    Raises:
-        UserError: A directory, a file or an option is wrong.
-    """
-    tokenizer = load_tokenizer(model_path)
-    template = template_of(tokenizer, args.template, list(adapters.values()))
-    model = load_model(model_path, args.dtype, args.device, args.quantization_bit)
-    for name, directory in adapters.items():
-        load_adapter(model, directory, name)
-    return Engine(model, tokenizer, template)
 
 
 def make_page(

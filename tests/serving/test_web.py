@@ -194,5 +194,5 @@ def test_paths_of_base_and_adapters(tmp_path, monkeypatch):
     assert list(web.choose_paths("m", "a/v1.0", ["b=c"])[1]) == ["v1_0", "b"]
     with pytest.raises(UserError, match="name the base with --model"):
         web.choose_paths(None, "nowhere", [])
-    with pytest.raises(UserError, match="--adapter must be NAME=DIR"):
+    with pytest.raises(UserError, match="an adapter must be given as NAME=DIR, got 'nowhere'"):
         web.choose_paths(None, None, ["nowhere"])

@@ -5,13 +5,13 @@ import re
 import shutil
 import socket
 import time
-from argparse import Namespace
 
 import pytest
 import torch
 
 from chatglm_ptuning.loading import load_model
 from chatglm_ptuning.serving import web
+from chatglm_ptuning.serving.opening import open_engine
 from chatglm_ptuning.tuners import PrefixTuningConfig, add_adapter, save_adapter
 
 CHROMIUM = shutil.which("chromium")
@@ -41,8 +41,7 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def urls(adapter):
-    args = Namespace(template=None, dtype="float32", device="cpu", quantization_bit=None)
-    engine = web.open_engine(web.DEMO_MODEL, {"ads": adapter}, args)
+    engine = open_engine(web.DEMO_MODEL, {"ads": adapter}, dtype="float32", device="cpu")
     engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # a slow model
     pages = [web.make_page(engine, {"ads": adapter}, web.DEMO_MODEL, None) for _ in range(2)]
     ports = [free_port() for _ in pages]
