@@ -303,9 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     args = parse(arguments)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("chatglm_ptuning").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody asked for
+    set_up_logging()
     try:
         args.run(args)
     except UserError as error:
@@ -322,6 +320,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def set_up_logging() -> None:
+    """Our notes as plain lines on stderr; of the libraries only warnings. Called before they are imported."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("chatglm_ptuning").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody asked for
 
 
 def fail(sentence: str) -> int:
