@@ -210,5 +210,5 @@ def test_the_command_loads_and_writes_nothing(
     assert cli.main(["train", "--estimate", *overrides]) == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     parts = ["weights", "adapter", "gradients", "optimizer", "activations", "libraries", "total"]
-    assert words == ["memory", *parts]
+    assert words == ["memory", *parts, "not"]
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
