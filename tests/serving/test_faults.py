@@ -21,6 +21,10 @@ from tests.serving.conftest import Base
 
 NORMAL = {"messages": [{"role": "user", "content": "你好"}], "temperature": 0, "max_tokens": 12}
 
+pytestmark = (
+    pytest.mark.slow
+)  # on a busy machine a run was seen to hang; the cause is not found yet
+
 
 @pytest.fixture(scope="module")
 def http(bases: dict[str, Base]) -> Iterator[httpx.Client]:
