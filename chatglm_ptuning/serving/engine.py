@@ -321,6 +321,10 @@ class Engine:
                 )
                 jobs, joining = list(self._jobs), self._next_to_join()
                 self._jobs.clear()
+                if not (jobs or joining or self._batch.answers):
+                    if self._is_closing:
+                        return
+                    continue  # all that waited were cancelled
             if joining:
                 self._join(joining)
             for job in jobs:  # after joining: an adapter that is removed has no user on the way
@@ -329,8 +333,6 @@ class Engine:
                 self._step()
                 if self._retired:
                     self._drop_retired()
-            elif not jobs and not joining:
-                return  # closing, and nothing is left
 
     def _join(self, answers: list[Answer]) -> None:
         try:

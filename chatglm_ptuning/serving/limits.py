@@ -1,8 +1,8 @@
 """What an engine accepts: bounds on the queue, the prompts, the answers and the cache."""
 
-import os
 from dataclasses import dataclass
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -54,7 +54,7 @@ def fitting_tokens(model: PreTrainedModel) -> int:
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = psutil.virtual_memory().available
     return free // 3 // size
 
 

@@ -17,7 +17,7 @@ LONG = Sampling(max_tokens=200)
 
 
 def last(updates: SimpleQueue[Update]) -> Update:
-    while (update := updates.get(timeout=60)).finish_reason is None:
+    while (update := updates.get(timeout=20)).finish_reason is None:
         pass
     return update
 
@@ -37,6 +37,22 @@ def test_cancelled_answer_ends_and_others_go_on(engine: Engine) -> None:
     assert last(queues[1]).finish_reason in ("length", "stop")
     assert kept.num_tokens > given_up.num_tokens
     assert engine.load == (0, 0)
+
+
+def test_request_cancelled_while_it_waits_alone_does_not_stop_the_engine(engine: Engine) -> None:
+    prompt = engine.encode([Message("user", "裙")])
+    queue: SimpleQueue[Update] = SimpleQueue()
+
+    def go_on(
+        update: Update,
+    ) -> None:  # in the engine's thread, so it is cancelled before it can join
+        if update.finish_reason is not None:
+            engine.submit(prompt, queue.put, LONG).cancel()
+
+    engine.submit(prompt, go_on, Sampling(max_tokens=1))
+    assert last(queue).finish_reason == "cancelled"
+    engine.submit(prompt, queue.put, Sampling(max_tokens=1))
+    assert last(queue).finish_reason in ("length", "stop")
 
 
 def test_too_much_is_refused(base: Base) -> None:
