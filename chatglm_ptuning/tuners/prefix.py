@@ -13,6 +13,7 @@ What differs from the released code on purpose: the encoder stays in float32 wha
 on one layer at a time, so that a batch never holds B copies of the whole prefix.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from chatglm_ptuning.errors import UserError
 
 SAVED = "prefix_encoder."  # in front of an encoder's parameter names on disk
+TAKING = "prefix_"  # in front of the name of an implementation of attention that takes a prefix
 
 
 @dataclass
@@ -184,14 +186,13 @@ class PrefixTuning(nn.Module):
         super().__init__()
         self.encoders: dict[str, PrefixEncoder] = nn.ModuleDict()  # type: ignore[assignment]
         self.active: list[str | None] = []
-        self._implementation = decoder.config._attn_implementation
-        decoder.set_attn_implementation(prefix_implementation(self._implementation))
+        wrap_attention(decoder)
         self._hook = decoder.register_forward_pre_hook(partial(self._hand_in), with_kwargs=True)
 
     def detach_from(self, decoder: PreTrainedModel) -> None:
         """Take the hook away and give the decoder its own attention back."""
         self._hook.remove()
-        decoder.set_attn_implementation(self._implementation)
+        decoder.set_attn_implementation(decoder.config._attn_implementation.removeprefix(TAKING))
 
     def forward(self, batch_size: int) -> PrefixKeyValues | None:
         """The prefix of every row of a batch; None if no row has one.
@@ -239,7 +240,7 @@ class PrefixTuning(nn.Module):
     ) -> tuple[tuple, dict[str, Any]]:
         """Add the prefix to a forward call of the decoder, and positions that do not count padding."""
         kwargs = (
-            dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
+            dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         )
         tokens = (
             kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -247,6 +248,7 @@ class PrefixTuning(nn.Module):
         prefix = self(tokens.shape[0])
         if prefix is None:
             return (), kwargs
+        wrap_attention(decoder)  # another one may have been chosen since
         mask = kwargs.get("attention_mask")
         # ChatGLM-6B numbers its own tokens. Elsewhere positions count from the start of the row, padding included,
         # which rotation alone would forgive; beside an unrotated prefix it is another computation.
@@ -326,22 +328,25 @@ def attend_with_prefix(
 
 WRAPPED: dict[str, Callable] = {"sdpa": sdpa_mask, "eager": eager_mask}
 for name, mask_function in WRAPPED.items():
-    AttentionInterface.register(f"prefix_{name}", partial(attend_with_prefix, implementation=name))
-    AttentionMaskInterface.register(f"prefix_{name}", mask_function)
+    AttentionInterface.register(TAKING + name, partial(attend_with_prefix, implementation=name))
+    AttentionMaskInterface.register(TAKING + name, mask_function)
 
 
-def prefix_implementation(implementation: str) -> str:
-    """The name under which an implementation of attention takes a prefix.
+def wrap_attention(decoder: PreTrainedModel) -> None:
+    """Choose, in place of a decoder's implementation of attention, the one around it that takes a prefix.
 
     Raises:
         UserError: It is none of those wrapped here.
     """
+    implementation = decoder.config._attn_implementation
+    if implementation.startswith(TAKING):
+        return
     if implementation not in WRAPPED:
         raise UserError(
             f"attn_implementation must be one of {sorted(WRAPPED)} for a prefix, got {implementation!r};"
             " sdpa runs the fused kernels"
         )
-    return f"prefix_{implementation}"
+    decoder.set_attn_implementation(TAKING + implementation)
 
 
 def prefix_tuning_of(model: PreTrainedModel) -> PrefixTuning | None:

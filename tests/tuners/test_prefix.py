@@ -307,3 +307,30 @@ def test_add_that_fails_leaves_the_model_as_it_was():
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(UserError, match="num_virtual_tokens must be at least 1"):
         PrefixTuningConfig(num_virtual_tokens=0)
+
+
+@FAMILY
+def test_arguments_by_position_are_those_by_name(family):
+    model = tuned(family)
+    decoder = model.get_decoder()
+    ids = torch.tensor(ROWS[:1])
+    positions = torch.arange(ids.shape[1])[None]
+    if family == "chatglm":
+        positions = decoder.get_position_ids(ids)
+    whole = decoder(ids, None, positions).last_hidden_state
+    cache = decoder(ids[:, :-1], None, positions[..., :-1], use_cache=True).past_key_values
+    step = decoder(ids[:, -1:], torch.ones_like(ids), positions[..., -1:], cache).last_hidden_state
+    assert_close(step, whole[:, -1:], atol=1e-5, rtol=0)
+
+
+@FAMILY
+def test_attention_chosen_later_takes_the_prefix_too(family):
+    model = tuned(family)
+    ids = torch.tensor(ROWS[:1])
+    expected = model(ids).logits
+    model.set_attn_implementation("eager")
+    outputs = model(ids, output_attentions=True)
+    assert_close(outputs.logits, expected, atol=1e-5, rtol=0)
+    assert outputs.attentions[0].shape[-1] == 3 + ids.shape[1]
+    delete_adapter(model, "a")
+    assert model.config._attn_implementation == "eager"
