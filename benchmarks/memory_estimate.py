@@ -7,10 +7,6 @@ otherwise; its peak is the largest resident set that the system counted. Both fi
 whose part the column says: without it a wrong estimate of a small model would look right. The ratio is that of the
 rest, estimate over measured; the last column is the ratio of the whole.
 
-What is measured is what a run holds: freed blocks over 1 MiB go back to the system at once (MALLOC_MMAP_THRESHOLD_),
-as a GPU's counter leaves out what its allocator keeps. glibc by itself keeps them on its heap, between ones in use:
-`--heap` measures that.
-
 The floor: each ratio within 0.85 to 1.15 (issue of this feature). Where it comes from is in the docstring of
 `chatglm_ptuning/training/estimate.py`, term by term.
 """
@@ -137,7 +133,7 @@ def write_rows(file: Path) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def measure(run: Run, directory: Path, steps: int, is_heap: bool) -> tuple[float, float, float]:
+def measure(run: Run, directory: Path, steps: int) -> tuple[float, float, float]:
     """Estimate a run and make it.
 
     Returns:
@@ -167,11 +163,8 @@ def measure(run: Run, directory: Path, steps: int, is_heap: bool) -> tuple[float
     )
     sizes = {name: float(size) for name, size in LINE.findall(said.stdout)}
     log = directory / "log"
-    environment = os.environ | ({} if is_heap else {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, cwd=PROJECT, env=environment, stdout=stream, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, cwd=PROJECT, stdout=stream, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{run.name} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
@@ -185,7 +178,6 @@ def main() -> None:
         "--only", nargs="+", default=[], metavar="WORD", help="rows whose name holds all of them"
     )
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a run (default 2)")
-    parser.add_argument("--heap", action="store_true", help="leave glibc's allocator as it is")
     args = parser.parse_args()
     print("| run | estimate | libraries in it | measured | ratio without them | ratio |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -195,7 +187,7 @@ def main() -> None:
         for run in RUNS:
             if not all(word in run.name for word in args.only):
                 continue
-            total, libraries, peak = measure(run, directory, args.steps, args.heap)
+            total, libraries, peak = measure(run, directory, args.steps)
             print(
                 f"| {run.name} | {total:.2f} GiB | {libraries:.2f} GiB | {peak:.2f} GiB"
                 f" | {(total - libraries) / (peak - libraries):.2f} | {total / peak:.2f} |",

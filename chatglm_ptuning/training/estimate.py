@@ -57,6 +57,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from chatglm_ptuning.config import RunConfig
 from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.evaluation.metrics import segmenter
 from chatglm_ptuning.models.loading import (
     build_released,
     checkpoint_directory,
@@ -73,11 +74,6 @@ from chatglm_ptuning.training.run import ADAPTER, base_dtype, train_weights, tra
 from chatglm_ptuning.tuners import PrefixTuningConfig, PromptTuningConfig, add_adapter
 from chatglm_ptuning.tuners.prompt_encoder import SoftPromptConfig
 
-# Measured on the shapes of benchmarks/memory_estimate.py with and without the variable
-ALLOCATOR = (
-    "; on a CPU, freed blocks that glibc keeps (peaks of 1.4 times the total were seen;"
-    " MALLOC_MMAP_THRESHOLD_=1048576 gives them back)"
-)
 # `training.optim` -> bytes of state for each trained parameter; adafactor's depends on the shapes
 STATE_BYTES = {
     "adamw_torch": 8,
@@ -161,7 +157,7 @@ class Estimate:
                 "memory of one device at the peak of a training step, estimated; nothing was loaded",
                 *(f"{name:<12}{getattr(self, name) / 2**30:>9.3f} GiB" for name in names),
                 f"{'total':<12}{self.total / 2**30:>9.3f} GiB{rule}",
-                "not counted: generation in evaluation" + (ALLOCATOR if self.libraries else ""),
+                "not counted: generation in evaluation",
             ]
         )
 
@@ -172,10 +168,13 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         UserError: The config or config.json is wrong, or the state of the optimizer is not known here.
     """
-    libraries = peak_resident()
     defaults: dict[str, Any] = {field.name: field.default for field in fields(RunArguments)}
     settings = defaults | training_settings(config)
     device = resolve_device("cpu" if settings["use_cpu"] else config.model.device)
+    libraries = 0
+    if device.type == "cpu":
+        segmenter()  # its dictionary is there once a run's trial generation was scored
+        libraries = peak_resident()
     dtype, bits = resolve_dtype(base_dtype(config), device), config.model.quantization_bit
     check_bits(bits)
     model = base_on_meta(config.model.path, dtype)
@@ -208,7 +207,7 @@ def estimate(config: RunConfig) -> Estimate:
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        libraries=libraries if device.type == "cpu" else 0,
+        libraries=libraries,
         are_together=settings["gradient_accumulation_steps"] > 1
         or processes > 1
         or bool(settings["deepspeed"]),

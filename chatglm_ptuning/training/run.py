@@ -1,5 +1,6 @@
 """One run, from its config to a scored adapter."""
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from chatglm_ptuning.tuners.prefix_init import init_from_text
 
 ADAPTER = "default"
 VALIDATION_PREDICTIONS = "validation_predictions.jsonl"
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def run(config: RunConfig) -> None:
@@ -49,6 +51,8 @@ def run(config: RunConfig) -> None:
     started = time.monotonic()
     arguments = make_arguments(training_settings(config), config.output_dir)
     output_dir, is_main = Path(arguments.output_dir), arguments.process_index == 0
+    if arguments.device.type == "cpu":
+        give_freed_memory_back()
     say = print if is_main else lambda text: None
     if "learning_rate" not in config.training:
         config.training["learning_rate"] = arguments.learning_rate = default_learning_rate(
@@ -177,6 +181,16 @@ def run(config: RunConfig) -> None:
         )
         report.write(output_dir)
         say(report.text())
+
+
+def give_freed_memory_back() -> None:
+    """Let freed blocks over 1 MiB go back to the system at once, here and in data loaders that are forked.
+
+    glibc keeps those of up to 32 MiB on its heap, between ones in use, and what a layer frees lies there while the next
+    one asks for more: the resident set grows to 1.4 times what a run holds. Other allocators are left as they are.
+    """
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def rows_line(split: str, account: DataReport, config: RunConfig) -> str:
