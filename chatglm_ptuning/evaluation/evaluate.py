@@ -1,4 +1,4 @@
-"""From prompts to scores, and from a file of predictions to scores."""
+"""From prompts to answers to scores."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,10 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chatglm_ptuning.config import GenerationSection
 from chatglm_ptuning.data.dataset import Prompt
 from chatglm_ptuning.data.template import Template
-from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.generation import generate_predictions
 from chatglm_ptuning.evaluation.metrics import score
-from chatglm_ptuning.evaluation.predictions import Prediction, read_predictions
+from chatglm_ptuning.evaluation.predictions import Prediction
 
 SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -59,15 +58,3 @@ def evaluate(
 def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Scores 0-100 of predictions, see `metrics.score`."""
     return score([row.prediction for row in predictions], [row.reference for row in predictions])
-
-
-def score_file(path: str | Path) -> dict[str, float]:
-    """Scores 0-100 of a predictions.jsonl, complete or not; no model is needed.
-
-    Raises:
-        UserError: The file cannot be read or holds no prediction.
-    """
-    predictions = read_predictions(Path(path))
-    if not predictions:
-        raise UserError(f"{path}: must hold at least one prediction, got none")
-    return score_predictions(predictions)

@@ -40,7 +40,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         UserError: No such file, or a line that is no prediction.
     """
     try:
-        *lines, _cut_off = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_bytes().split(b"\n")  # not splitlines: texts hold U+2028 and its like
     except OSError as error:
         raise UserError(
             f"predictions must be a readable file, got {path}: {error.strerror}"
@@ -48,10 +48,12 @@ def read_predictions(path: Path) -> list[Prediction]:
     rows = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = Prediction(**json.loads(line))
+            row = Prediction(**json.loads(line.decode("utf-8")))
             if [type(value) for value in vars(row).values()] != [int, str, str, str]:
                 raise TypeError("a number and three texts are wanted")
         except (ValueError, TypeError) as error:
+            if number == len(lines):
+                break
             raise UserError(
                 f"{path}:{number}: must be a prediction with index, prompt, reference and prediction; {error}"
             ) from None

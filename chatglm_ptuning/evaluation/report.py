@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatglm_ptuning.evaluation.evaluate import score_file
+from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.evaluation.evaluate import score_predictions
+from chatglm_ptuning.evaluation.predictions import Prediction, read_predictions
 
 BASE_PREDICTIONS = "base_predictions.jsonl"
 PREDICTIONS = "predictions.jsonl"
@@ -16,16 +18,22 @@ SAMPLES = 2
 
 @dataclass
 class Scored:
-    """Scores 0-100 by metric, and the rows they are of: prompt, reference, prediction."""
+    """Scores 0-100 by metric, and the rows they are of."""
 
     scores: dict[str, float]
-    rows: list[dict[str, str]]
+    rows: list[Prediction]
 
 
 def read_scored(file: Path) -> Scored:
-    """Score a file of predictions."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return Scored(score_file(file), [json.loads(line) for line in lines])
+    """Score a file of predictions.
+
+    Raises:
+        UserError: It cannot be read or holds no prediction.
+    """
+    rows = read_predictions(file)
+    if not rows:
+        raise UserError(f"{file}: must hold at least one prediction, got none")
+    return Scored(score_predictions(rows), rows)
 
 
 def score_table(scored: Mapping[str, Scored]) -> list[str]:
@@ -45,8 +53,8 @@ def samples(scored: Mapping[str, Scored]) -> list[str]:
     """The first few prompts with their answers."""
     lines: list[str] = []
     for rows in list(zip(*(column.rows for column in scored.values()), strict=True))[:SAMPLES]:
-        lines += [f"prompt     {rows[0]['prompt']}", f"reference  {rows[0]['reference']}"]
-        lines += [f"{name:<11}{row['prediction']}" for name, row in zip(scored, rows, strict=True)]
+        lines += [f"prompt     {rows[0].prompt}", f"reference  {rows[0].reference}"]
+        lines += [f"{name:<11}{row.prediction}" for name, row in zip(scored, rows, strict=True)]
         lines.append("")
     return lines
 

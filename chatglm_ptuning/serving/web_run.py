@@ -3,16 +3,16 @@
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from chatglm_ptuning.config import RUN_CONFIG_FILE, RunConfig
 from chatglm_ptuning.data.config import DataConfig
 from chatglm_ptuning.data.conversation import Conversation
 from chatglm_ptuning.data.dataset import load_conversations
 from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.evaluation.predictions import read_predictions
 from chatglm_ptuning.serving.web_text import TEXTS
 
 EXAMPLES = 4
@@ -64,22 +64,17 @@ def read_run(directory: Path) -> Run:
         run.curve = (directory / "loss.png").read_bytes()
     if (directory / "scores.json").is_file():
         run.scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
-    base = [row["prediction"] for row in read_lines(directory / BASE_PREDICTIONS)]
-    tuned = read_lines(directory / PREDICTIONS)
-    base += [""] * (len(tuned) - len(base))
-    run.samples = [row | {"base": text} for row, text in zip(tuned, base, strict=False)]
+    base, tuned = (
+        read_predictions(directory / name) if (directory / name).is_file() else []
+        for name in (BASE_PREDICTIONS, PREDICTIONS)
+    )
+    answers = {row.index: row.prediction for row in base}
+    run.samples = [asdict(row) | {"base": answers.get(row.index, "")} for row in tuned]
     if (directory / RUN_CONFIG_FILE).is_file():
         config = RunConfig.load(directory / RUN_CONFIG_FILE)
         run.settings = settings_of(config)
         run.conversations = first_rows(config.data)
     return run
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none where there is no such file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def settings_of(config: RunConfig) -> dict[str, str]:

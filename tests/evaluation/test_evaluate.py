@@ -7,7 +7,8 @@ import pytest
 
 from chatglm_ptuning.config import GenerationSection
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.evaluation.evaluate import evaluate, score_file
+from chatglm_ptuning.evaluation.evaluate import evaluate
+from chatglm_ptuning.evaluation.report import read_scored
 
 
 def test_scores_can_be_had_again_from_the_file_alone(
@@ -17,7 +18,7 @@ def test_scores_can_be_had_again_from_the_file_alone(
     generation = GenerationSection(max_new_tokens=8, batch_size=2)
     scores = evaluate(model, tokenizer, template, prompts, generation, path)
     assert list(scores) == ["rouge-1", "rouge-2", "rouge-l", "bleu-4", "sacrebleu", "chrf"]
-    assert score_file(path) == scores
+    assert read_scored(path).scores == scores
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_texts_survive_the_file(tmp_path: Path) -> None:
     path = tmp_path / "p"
     row = {"index": 0, "prompt": "a\u2028b", "reference": "好看\x85\n", "prediction": "好看\x85\n"}
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert score_file(path)["rouge-1"] == pytest.approx(100)
+    assert read_scored(path).scores["rouge-1"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -71,15 +72,23 @@ def test_texts_survive_the_file(tmp_path: Path) -> None:
         ("nonsense\n", r"p:1: must be a prediction"),
         ('{"index": 0}\n', r"p:1: must be a prediction"),
         ("[1]\n", r"p:1: must be a prediction"),
+        ("\udcb0\n", r"p:1: must be a prediction"),
         ('{"index": 0, "prompt": "", "reference": 1, "prediction": ""}\n', "p:1: must be a pred"),
     ],
 )
 def test_a_broken_file_says_where(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "p").write_text(content, encoding="utf-8")
+    (tmp_path / "p").write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
-        score_file(tmp_path / "p")
+        read_scored(tmp_path / "p")
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
-        score_file(tmp_path / "p")
+        read_scored(tmp_path / "p")
+
+
+@pytest.mark.parametrize(("end", "count"), [("\n", 2), ("", 2), ('\n{"index": 2, "pro', 2)])
+def test_only_a_line_cut_off_is_left_out(tmp_path: Path, end: str, count: int) -> None:
+    rows = [{"index": i, "prompt": "", "reference": "好", "prediction": "好"} for i in range(2)]
+    (tmp_path / "p").write_text("\n".join(map(json.dumps, rows)) + end, encoding="utf-8")
+    assert len(read_scored(tmp_path / "p").rows) == count

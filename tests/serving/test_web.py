@@ -142,10 +142,10 @@ def test_closing_the_stream_cancels_the_answers():
 
 
 def test_records_of_a_run(tmp_path):
-    row = {"prompt": "<b>", "reference": "r", "prediction": "p"}
-    (tmp_path / "predictions.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    base = json.dumps({"prediction": "q"}) + "\n"
-    (tmp_path / "base_predictions.jsonl").write_text(base, encoding="utf-8")
+    row = {"index": 0, "prompt": "<b>", "reference": "r\u2028", "prediction": "p"}
+    for name, answer in (("predictions", "p"), ("base_predictions", "q")):
+        line = json.dumps(row | {"prediction": answer}, ensure_ascii=False)
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n", encoding="utf-8")
     scores = {"base": {"rouge-l": 50.0}, "tuned": {"rouge-l": 48.5}}
     (tmp_path / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
     run = read_run(tmp_path)
