@@ -63,8 +63,8 @@ def add_adapter(model: PreTrainedModel, config: Any, name: str = "default") -> N
     """
     check_new(model, name)
     kind = KINDS.get(getattr(config.peft_type, "value", config.peft_type), lora)
-    attach(model, kind, name, config)
-    set_adapter(model, name)
+    with attached(model, kind, name, config):
+        set_adapter(model, name)
 
 
 def check_new(model: PreTrainedModel, name: str) -> None:
@@ -83,12 +83,14 @@ def check_new(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def attach(model: PreTrainedModel, kind: ModuleType, name: str, config: Any) -> None:
-    """Attach, or leave the model as it was; the first adapter freezes the base."""
+@contextmanager
+def attached(model: PreTrainedModel, kind: ModuleType, name: str, config: Any) -> Iterator[None]:
+    """Attach a new adapter; the first one freezes the base. If that or what follows fails, all is as before."""
     active, is_first = active_adapters(model), not list_adapters(model)
     base = list(model.parameters())
     try:
         kind.attach(model, name, config)
+        yield
     except Exception:
         if name in kind.names(model):
             kind.detach(model, name)
@@ -227,18 +229,18 @@ def load_adapter(
         kind.load_tensors(model, name, tensors)
         return
     check_new(model, name)
-    active = active_adapters(model)
-    attach(model, kind, name, kind.read_config(config))
     try:
+        own = kind.read_config(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{CONFIG_FILE} must be one that can be read, got an error: {error}; copy the adapter again"
+        ) from error
+    with attached(model, kind, name, own):
         kind.load_tensors(model, name, tensors)
         for parameter in kind.parameters(model, name):
             parameter.requires_grad_(is_trainable)
         set_adapter(model, name)
         report_effect(model, name)
-    except Exception:
-        kind.detach(model, name)
-        use_rows(model, active)
-        raise
 
 
 def check_same(

@@ -192,6 +192,31 @@ def test_the_first_adapter_freezes_the_base_when_loaded_for_training(tmp_path: P
     assert trained == ["model.prefix_tuning.encoders.default.embedding.weight"]
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("long", "num_virtual_tokens", 6),
+        ("long", "prefix_dropout", None),
+        ("lora", "r", 5),
+    ],
+)
+def test_a_load_that_fails_is_one_sentence_and_changes_nothing(
+    name: str, field: str, value: object, tmp_path: Path
+) -> None:
+    save_adapter(crowd("glm"), tmp_path, name)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    model = MODELS["glm"]().eval()
+    modules = [name for name, _ in model.named_modules()]
+    with pytest.raises(UserError) as caught:
+        load_adapter(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert list_adapters(model) == {}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [name for name, _ in model.named_modules()] == modules
+    assert model.config._attn_implementation == "sdpa"
+
+
 # ---- is it the base that the adapter was trained on?
 def saved_lora(tmp_path: Path) -> Path:
     model = crowd("glm")
