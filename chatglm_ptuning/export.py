@@ -15,10 +15,10 @@ from chatglm_ptuning.models.loading import (
     checkpoint_directory,
     load_base_model,
     read_json,
-    read_shard,
     shard_files,
 )
 from chatglm_ptuning.models.tokenization_chatglm2 import ChatGLM2Tokenizer
+from chatglm_ptuning.tensor_files import read_tensors
 from chatglm_ptuning.tuners import PrefixTuningConfig, export_peft_prefix, load_adapter
 from chatglm_ptuning.tuners.adapters import read_adapter
 from chatglm_ptuning.tuners.released_prefix import write_released_prefix
@@ -150,7 +150,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     dtypes = {
         tensor.dtype
         for file in shard_files(directory)
-        for name, tensor in read_shard(file)
+        for name, tensor in read_tensors(file)
         if tensor.is_floating_point() and "inv_freq" not in name and "prefix_encoder" not in name
     }
     if not dtypes:

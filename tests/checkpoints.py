@@ -13,9 +13,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.models.glm_checkpoint import glm_config, save_released
-from chatglm_ptuning.models.loading import read_shard, shard_files
+from chatglm_ptuning.models.loading import shard_files
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.models.tokenization_glm4 import CONTROL_TOKENS
+from chatglm_ptuning.tensor_files import read_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
@@ -90,7 +91,7 @@ def write_released(directory: Path, family: str, layout: str = "bin") -> Path:
 def as_safetensors(directory: Path) -> None:
     """Turn the files of a sharded checkpoint into safetensors."""
     for file in shard_files(directory):
-        tensors = {name: tensor.clone() for name, tensor in read_shard(file)}
+        tensors = {name: tensor.clone() for name, tensor in read_tensors(file)}
         save_file(tensors, directory / safetensors_name(file.name))
         file.unlink()
     index = directory / "pytorch_model.bin.index.json"

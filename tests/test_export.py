@@ -12,7 +12,8 @@ from chatglm_ptuning import cli, load_model, load_tokenizer
 from chatglm_ptuning.config import ModelSection, RunConfig
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.export import export, stored_dtype
-from chatglm_ptuning.models.loading import read_json, read_shard, shard_files
+from chatglm_ptuning.models.loading import read_json, shard_files
+from chatglm_ptuning.tensor_files import read_tensors
 from chatglm_ptuning.tuners import (
     LoraConfig,
     PrefixTuningConfig,
@@ -30,7 +31,7 @@ PROMPT = ({"role": "user", "content": "你好"},)
 
 
 def stored(directory: Path) -> dict[str, Tensor]:
-    return {name: t for file in shard_files(directory) for name, t in read_shard(file)}
+    return {name: t for file in shard_files(directory) for name, t in read_tensors(file)}
 
 
 def assert_same_tensors(first: Path, second: Path) -> None:

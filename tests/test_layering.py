@@ -23,11 +23,12 @@ TOP = {
     "cli",
     "cli_data",
 }
-BASE = {"errors", "version"}  # anybody may import these
+BASE = {"errors", "version", "tensor_files"}  # anybody may import these
 ALLOWED = {
     **{leg: {leg} | BASE for leg in LEGS},
     **{top: LEGS | TOP | BASE | {"__init__"} for top in TOP},
     "errors": set(),
+    "tensor_files": {"errors"},
     "version": set(),
     "__init__": {"loading"} | BASE,
     "__main__": TOP | BASE | {"__init__"},

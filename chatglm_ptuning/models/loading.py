@@ -7,14 +7,12 @@ read as native `GlmForCausalLM`; directories of any other model type go through 
 import json
 import logging
 import pickle
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GlmForCausalLM, PreTrainedModel
 
@@ -36,6 +34,7 @@ from chatglm_ptuning.models.quantization import (
     native_quantization,
     quantize_linear,
 )
+from chatglm_ptuning.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -183,38 +182,6 @@ def shard_files(directory: Path) -> list[Path]:
     )
 
 
-def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read a file of weights tensor by tensor, mapped into memory where its format allows.
-
-    Pickles are read with `weights_only=True`: a file that would run code is refused.
-
-    Raises:
-        UserError: The file is damaged, cut off or holds something else than named tensors.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - no mapping, only keys()
-                    yield name, tensors.get_tensor(name)
-            return
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else "it ends early"
-        raise UserError(
-            f"{file} must be a complete file of weights, got one that cannot be read ({reason});"
-            " copy or download it again"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(
-            f"{file} must hold a flat dictionary of tensors, got {type(content).__name__};"
-            " save the model's state_dict() alone"
-        )
-    yield from content.items()
-
-
 def load_released_weights(
     model: PreTrainedModel,
     directory: Path,
@@ -242,7 +209,7 @@ def load_released_weights(
     unexpected, wrong, prefix = [], [], []
     scales = read_scales(directory)
     for file in shard_files(directory):
-        for name, tensor in read_shard(file):
+        for name, tensor in read_tensors(file):
             if name.endswith((".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")):
                 continue  # recomputed by the model, as the released code does
             if name.startswith("transformer.prefix_encoder."):
@@ -299,7 +266,7 @@ def read_scales(directory: Path) -> dict[str, Tensor]:
     scales = {
         name.removesuffix("_scale"): scale.clone()
         for file in shard_files(directory)
-        for name, scale in read_shard(file)
+        for name, scale in read_tensors(file)
         if name.endswith(SCALE)
     }
     if scales:

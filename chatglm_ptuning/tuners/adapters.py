@@ -8,7 +8,6 @@ fingerprint of the base.
 import json
 import logging
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.tensor_files import read_tensors
 from chatglm_ptuning.tuners import lora, lora_names, peft_prefix, prefix, prompt
 from chatglm_ptuning.tuners.prefix import PrefixTuningConfig
 from chatglm_ptuning.tuners.prompt_encoder import PromptEncoderConfig, PromptTuningConfig
@@ -271,20 +271,17 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
         return *read_released_prefix(path), {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        check_kind(config, file)
-        weights = path / WEIGHTS_FILE
-        if weights.is_file():
-            with safe_open(weights, framework="pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-                return config, tensors, opened.metadata() or {}
-        tensors = torch.load(path / "adapter_model.bin", map_location="cpu", weights_only=True)
-    except (ValueError, OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends early"
+    except ValueError as error:  # also a wrong encoding
         raise UserError(
-            f"an adapter directory must hold a whole {CONFIG_FILE} and {WEIGHTS_FILE}, got {str(path)!r} ({reason});"
-            " copy it again"
+            f"{file} must be JSON, got an error: {error}; copy the adapter again"
         ) from error
-    return config, tensors, {}
+    check_kind(config, file)
+    weights, older = path / WEIGHTS_FILE, path / "adapter_model.bin"
+    if older.is_file() and not weights.is_file():
+        return config, dict(read_tensors(older)), {}
+    tensors = dict(read_tensors(weights))
+    with safe_open(weights, framework="pt") as opened:
+        return config, tensors, opened.metadata() or {}
 
 
 def check_kind(config: Any, file: Path) -> None:

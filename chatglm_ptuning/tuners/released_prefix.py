@@ -5,19 +5,16 @@ The files hold `transformer.prefix_encoder.*` (whole checkpoints of the trainer)
 """
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.tensor_files import read_tensors
 from chatglm_ptuning.tuners.prefix import SAVED, PrefixTuningConfig
 
 RELEASED = "transformer.prefix_encoder."
@@ -40,7 +37,7 @@ def read_released_prefix(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     files = [path] if path.is_file() else prefix_files(path)
     state: dict[str, Tensor] = {}
     for file in files:
-        for key, value in read_tensors(file).items():
+        for key, value in read_tensors(file):
             name = key.removeprefix(RELEASED).removeprefix(SAVED)
             if key.startswith((RELEASED, SAVED, *PARTS)) and name.startswith(PARTS):
                 state[name] = value.float()
@@ -74,28 +71,6 @@ def prefix_files(directory: Path) -> list[Path]:
         f"an adapter must be a directory with adapter_config.json or a released P-Tuning checkpoint, got"
         f" {str(directory)!r}; give the directory that training wrote"
     )
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Named tensors of a file; pickles are read with `weights_only=True`.
-
-    Raises:
-        UserError: The file is damaged or holds something else.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else "it ends early"
-        raise UserError(
-            f"{file} must be a whole file of tensors, got one that cannot be read ({reason}); copy it again"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{file} must hold named tensors, got {type(content).__name__}")
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def write_released_prefix(

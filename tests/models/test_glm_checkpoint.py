@@ -16,8 +16,9 @@ from chatglm_ptuning.models.glm_checkpoint import (
     save_released,
     split_qkv,
 )
-from chatglm_ptuning.models.loading import load_base_model, read_shard, shard_files
+from chatglm_ptuning.models.loading import load_base_model, shard_files
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.tensor_files import read_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOLERANCE = {"atol": 2e-4, "rtol": 0}  # the recording's own noise is 5e-5, a wrong epsilon 3e-4
@@ -94,7 +95,7 @@ def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_all(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in shard_files(directory) for name, t in read_shard(file)}
+    return {name: t for file in shard_files(directory) for name, t in read_tensors(file)}
 
 
 def tiny_model(**changes: object) -> GlmForCausalLM:
