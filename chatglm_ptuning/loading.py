@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path, template: str | None = None) -> PreTrainedT
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a directory holds an adapter and not a whole model."""
-    directory = Path(path)
+    directory = Path(path).expanduser()
     return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").is_file()
 
 
@@ -76,20 +76,21 @@ def base_of(path: str | Path) -> Path:
     Raises:
         UserError: The adapter names a base that is not there.
     """
+    path = Path(path).expanduser()
     if not is_adapter(path):
-        return Path(path)
-    named = read_json(Path(path) / CONFIG_FILE).get("base_model_name_or_path")
+        return path
+    named = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(named, str) or not Path(named).is_dir():
         raise UserError(
             f"an adapter's base must be a directory on this machine, got base_model_name_or_path={named!r} in"
-            f" {Path(path) / CONFIG_FILE}; correct it there, or load the base and then the adapter"
+            f" {path / CONFIG_FILE}; correct it there, or load the base and then the adapter"
         )
     return Path(named)
 
 
 def saved_template(directory: str | Path) -> str | None:
     """The chat format that a run wrote beside its adapter or model; None where it wrote none."""
-    file = Path(directory) / RUN_CONFIG_FILE
+    file = Path(directory).expanduser() / RUN_CONFIG_FILE
     return RunConfig.load(file).model.template if file.is_file() else None
 
 

@@ -25,6 +25,7 @@ from chatglm_ptuning.tuners import (
     active_adapters,
     add_adapter,
     disable_adapters,
+    load_adapter,
     save_adapter,
 )
 from tests.checkpoints import FAMILIES, as_safetensors, copy_of
@@ -294,6 +295,17 @@ class TestModel:
             assert torch.equal(again(**ids).logits, model.eval()(**ids).logits)
             with disable_adapters(again):
                 assert not torch.equal(again(**ids).logits, model(**ids).logits)
+
+    def test_home_directory_is_understood_everywhere(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        model = load_model(checkpoint("glm4"), "float32", "cpu")
+        add_adapter(model, PrefixTuningConfig(num_virtual_tokens=3))
+        save_adapter(model, "~/my tuned/prefix")
+        assert [path.name for path in tmp_path.iterdir()] == ["my tuned"]
+        load_adapter(model, "~/my tuned/prefix", "again")
+        assert active_adapters(load_model("~/my tuned/prefix", "float32", "cpu")) == ["default"]
+        assert load_tokenizer("~/my tuned/prefix").vocab_size > 0
 
     @pytest.mark.parametrize("named", [None, "nowhere/model", 3])
     def test_a_base_that_is_gone(self, tmp_path, named):

@@ -177,7 +177,7 @@ def save_adapter(
     kind = list_adapters(model).get(name)
     if kind is None:
         raise UserError(f"adapter must be one of those loaded, got {name!r}")
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     content = kind.config_of(model, name) | {
         "base_model_name_or_path": os.path.abspath(model.config.name_or_path)
@@ -217,7 +217,7 @@ def load_adapter(
     Raises:
         UserError: The files cannot be read, or are of an adapter for another model; the model is then as before.
     """
-    config, tensors, metadata = read_adapter(Path(directory))
+    config, tensors, metadata = read_adapter(Path(directory).expanduser())
     if config["peft_type"] == peft_prefix.PEFT_TYPE:
         config, tensors = peft_prefix.from_peft(model, config, tensors)
     elif model.config.model_type == "glm" and lora_names.has_released_names(tensors):
