@@ -14,9 +14,10 @@ Shapes: B batch, S tokens of the call, P virtual tokens (of the longest prompt i
 gets, H hidden size.
 """
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from chatglm_ptuning.tuners.prompt_encoder import (
     SoftPromptConfig,
     fill,
 )
+from chatglm_ptuning.tuners.prompt_layout import Layout, apart, count_tokens, shift
 
 EMBEDDINGS = "prompt_embeddings"  # on disk: the vectors [P, H], all that peft reads
 SAVED = "prompt_encoder."  # on disk: in front of the parameter names of what makes them
@@ -98,14 +100,15 @@ class PromptTuning(nn.Module):
         """Lengthen a call of the decoder by the prompts, or by what the cache already holds of them.
 
         Raises:
-            UserError: Mask or cache are of a form that has no room for a prompt.
+            UserError: Mask or cache are of a form that has no room for a prompt, or positions are missing.
         """
         self._columns = None
         if not any(self.active):
             return args, kwargs
-        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
-        call = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-        ids, mask, positions, cache, embeddings = (call[name] for name in names)
+        # Every decoder of transformers has these five first; from 5.24 on the fourth is named "cache".
+        names = list(inspect.signature(decoder.forward).parameters)
+        call = dict(zip(names, args, strict=False)) | kwargs
+        ids, mask, positions, cache, embeddings = map(call.get, names[:5])
         tokens: Any = ids if embeddings is None else embeddings
         check_room(mask, cache)
         rows = self.rows(tokens.shape[0])
@@ -132,6 +135,11 @@ class PromptTuning(nn.Module):
             call["position_ids"] = None if positions is None else shift(positions, lengths)
             return (), call
         if positions is None:
+            if ids is None:
+                raise UserError(
+                    "position_ids must be given with inputs_embeds, got None; get_position_ids makes them from the ids"
+                    " of the whole sequence"
+                )
             positions = decoder.get_position_ids(ids, mask)  # type: ignore[operator]
         if embeddings is None:
             embeddings = decoder.get_input_embeddings()(ids)  # type: ignore[operator]
@@ -198,87 +206,6 @@ def check_goes_on(positions: Tensor | None, count: int, cached: int) -> None:
             f"new tokens must follow the {cached} of the cache, got {count} elsewhere; with a soft prompt give the"
             " whole conversation anew, without a cache"
         )
-
-
-def apart(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask [B, T] as it is; if it numbers the examples of a packed row, as added scores [B, 1, T, T] that part them.
-
-    transformers' own decoders know 0 and 1 only. Every token sees its example up to itself; padding sees itself.
-    """
-    if mask.max() <= 1:
-        return mask
-    same = (mask[:, None] == mask[..., None]) & (mask[:, None] > 0)
-    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    hidden = ~(same.tril() | itself)[:, None]
-    return hidden.to(dtype).masked_fill(hidden, torch.finfo(dtype).min)
-
-
-def count_tokens(mask: Tensor) -> Tensor:
-    """Number the real tokens of each example 0, 1, 2, ...: [B, S]; padding has any number.
-
-    Args:
-        mask: [B, S], 0 for padding, 1 for a real token; 1, 2, 3, ... for the examples of a packed row.
-    """
-    real = mask > 0
-    before = real.cumsum(-1) - real.long()
-    starts = F.pad(mask[:, 1:] != mask[:, :-1], (1, 0), value=True) & real
-    return before - torch.where(starts, before, 0).cummax(-1).values
-
-
-def shift(positions: Tensor, lengths: Tensor) -> Tensor:
-    """Move positions [1 or B, S] or [1 or B, axes, S] by every row's prompt, on the first axis."""
-    if positions.ndim == 2:
-        return positions + lengths[:, None]
-    first = positions[:, :1] + lengths[:, None, None]
-    return torch.cat((first, positions[:, 1:].expand(len(first), -1, -1)), dim=1)
-
-
-@dataclass
-class Layout:
-    """Where prompts and tokens of a call go: in front of each example of a row P columns, then its tokens.
-
-    Args:
-        columns: [B, S], the new column of every token.
-        source: [B, T], what is in a new column: 0 to P - 1 for vectors of the prompt, P and more for tokens.
-        mask: [B, T], as the caller's; 0 also where a row's prompt is shorter or absent.
-    """
-
-    columns: Tensor
-    source: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor, lengths: Tensor, longest: int) -> "Layout":
-        """Lay out rows by the caller's mask [B, S] and the lengths [B] of their prompts, of which P is the longest."""
-        segments = mask.long()
-        # Padding belongs to the example before it, on the left to the first.
-        example = segments.cummax(-1).values.clamp(min=1)
-        tokens = torch.arange(mask.shape[1], device=mask.device)
-        columns = tokens + longest * example
-        total = mask.shape[1] + longest * int(example.max())
-        place = segments.new_full((len(mask), total), -1).scatter(
-            1, columns, tokens.expand_as(columns)
-        )
-        # The columns that no token has: the prompts, in order of the examples; after the last one a shorter row's end.
-        free = (place < 0).cumsum(-1) - 1
-        # A shorter prompt's vectors stand right before the tokens: where positions alone part the examples of a packed
-        # row, what is in front of them is apart as well.
-        vector = free % longest - (longest - lengths[:, None])
-        owner = free.div(longest, rounding_mode="floor") + 1
-        seen = (vector >= 0) & (owner <= example[:, -1:])
-        own = segments.gather(1, place.clamp(min=0))
-        return cls(
-            columns,
-            source=torch.where(place < 0, vector.clamp(min=0), longest + place),
-            mask=torch.where(place < 0, owner * seen, own).to(mask.dtype),
-        )
-
-    def number(self, positions: Tensor) -> Tensor:
-        """Positions of the new columns, [B, T] or [B, axes, T], from those of the tokens."""
-        if positions.ndim == 2:
-            return self.source.scatter(1, self.columns, positions)
-        whole = torch.stack([self.source, *[0 * self.source] * (positions.shape[1] - 1)], dim=1)
-        return whole.scatter(2, self.columns[:, None].expand_as(positions), positions)
 
 
 def prompt_tuning_of(model: PreTrainedModel) -> PromptTuning | None:

@@ -404,34 +404,6 @@ def test_the_cache_of_an_earlier_answer_is_refused(family: str) -> None:
         model.generate(ids, past_key_values=first.past_key_values, **settings)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (lambda: PromptTuningConfig(0), "num_virtual_tokens must be at least 1, got 0"),
-        (
-            lambda: PromptTuningConfig(prompt_tuning_init="text"),
-            "prompt_tuning_init must be one of RANDOM, TEXT",
-        ),
-        (
-            lambda: PromptTuningConfig(prompt_tuning_init="TEXT"),
-            "prompt_tuning_init_text must be given with prompt_tuning_init=TEXT",
-        ),
-        (
-            lambda: PromptEncoderConfig(encoder_reparameterization_type="GRU"),
-            "encoder_reparameterization_type must be MLP or LSTM, got 'GRU'",
-        ),
-        (
-            lambda: PromptEncoderConfig(encoder_num_layers=3),
-            "encoder_num_layers must be 2 for an MLP, got 3",
-        ),
-        (lambda: PromptEncoderConfig(encoder_dropout=1), r"encoder_dropout must be in \[0, 1\)"),
-    ],
-)
-def test_values_that_cannot_be(config: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        config()
-
-
 def test_one_position_axis_is_refused() -> None:
     shape = {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_attention_heads": 4}
     config = ChatGLMConfig(position_encoding_2d=False, tie_word_embeddings=False, **shape)
@@ -446,3 +418,18 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
     add_adapter(model, CONFIGS["lstm"], "b")
     with pytest.raises(UserError, match="the saved soft prompt must hold"):
         load_adapter(model, tmp_path, "b")
+
+
+@pytest.mark.parametrize("family", ["chatglm", "glm"])
+@torch.no_grad()
+def test_embeddings_instead_of_ids(family: str) -> None:
+    model, ids = with_text(family), torch.tensor(ROWS[:1])
+    embeddings, positions = model.get_input_embeddings()(ids), None
+    if family == "chatglm":
+        with pytest.raises(UserError, match="position_ids must be given with inputs_embeds"):
+            model(inputs_embeds=embeddings)
+        positions = model.get_decoder().get_position_ids(ids)
+    logits = model(inputs_embeds=embeddings, position_ids=positions).logits
+    assert_close(logits, model(ids).logits, rtol=0, atol=1e-6)
+    step = model.get_decoder()(ids, None, None, None, None, True)
+    assert step.past_key_values is not None
