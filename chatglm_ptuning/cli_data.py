@@ -85,6 +85,7 @@ def check_data(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from chatglm_ptuning.data.check import check_files
+    from chatglm_ptuning.data.report import plural
 
     config, template, tokenizer = data_config(args), None, None
     if args.model is not None:
@@ -100,20 +101,26 @@ def check_data(args: argparse.Namespace) -> None:
         )  # fmt: skip
     print(result.summary(config))
     if args.fix is not None:
-        print(f"{result.written:,} usable rows are in {args.fix}")
+        print(f"{plural(result.written, 'usable row')} written to {args.fix}")
     if not result.is_clean:
         advice = "" if args.fix is not None else "; --fix OUT writes the usable rows"
         raise UserError(
             f"data must be free of findings, got {result.findings.total():,} in {result.rows - result.good:,} of"
-            f" {result.rows:,} rows{advice}"
+            f" {plural(result.rows, 'row')}{advice}"
         )
 
 
 def preview_data(args: argparse.Namespace) -> None:
-    """Show the first rows of a file as the model will get them."""
+    """Show the first rows of a file as the model will get them.
+
+    Raises:
+        UserError: Fewer than one row is asked for, or one cannot be read.
+    """
     from chatglm_ptuning.data.dataset import load_conversations
     from chatglm_ptuning.data.preview import preview
 
+    if args.rows < 1:
+        raise UserError(f"--rows must be at least 1, got {args.rows}")
     config = data_config(args)
     rows = load_conversations(args.file, config, args.rows)
     template, tokenizer = chat_format(args.model, args.template)

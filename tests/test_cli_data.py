@@ -59,7 +59,7 @@ def test_held_out_files_and_a_file_of_usable_rows(
     assert cli.main(arguments) == 1
     out, error = capsys.readouterr()
     assert f"{held_out}:1: a row to evaluate on must not stand in train, got the question" in out
-    assert f"4 usable rows are in {fixed}\n" in out
+    assert f"4 usable rows written to {fixed}\n" in out
     assert "--fix" not in error
     assert [json.loads(line) for line in fixed.read_text(encoding="utf-8").splitlines()] == GOOD
 
@@ -95,6 +95,7 @@ def test_settings_stand_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["check", "FILE", "training.max_steps=3"], "must be given data.key=value only"),
         (["check", "FILE", "data.pakcing=true"], "the nearest is data.packing"),
         (["check", "FILE", "--model", DEMO, "--template", "glm4"], "must fit the tokenizer"),
+        (["preview", "FILE", "--rows", "-1"], "--rows must be at least 1, got -1"),
         (["preview", "FILE", "--model", "nowhere"], "must be a directory on this machine"),
     ],
 )

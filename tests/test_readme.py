@@ -1,9 +1,14 @@
 """The README names what is there: every file in its tree, every path in its commands."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from chatglm_ptuning import cli
+from tests.conftest import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("chatglm_ptuning", "configs", "scripts", "benchmarks")
@@ -39,3 +44,22 @@ def test_what_commands_name_is_there(name: str) -> None:
     paths = set(PATHS.findall(readme))
     assert "scripts/train_ptuning.sh" in paths
     assert {path for path in paths if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_run_on_your_own_files_works_as_written(
+    name: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [shlex.split(line) for line in readme.splitlines() if line.startswith("bash scripts/")]
+    (train,) = (words[2:] for words in lines if "data.train_file=mine.json" in words)
+    (evaluate,) = (words[2:] for words in lines if "data.test_file=test.json" in words)
+    monkeypatch.chdir(tmp_path)
+    row = {"content": "类型#裙", "summary": "这件裙子"}
+    for file in ("mine.json", "test.json"):
+        Path(file).write_text(json.dumps(row))
+    model = f"model.path={checkpoint('chatglm2')}"
+    train[train.index("model.path=/data/chatglm2-6b")] = model
+    assert cli.main(["train", *train, "training.max_steps=1"]) == 0
+    assert cli.main(["evaluate", *evaluate]) == 0
+    assert Path(evaluate[0], "evaluation", "scores.json").is_file()

@@ -51,12 +51,17 @@ def cached_dataset(
         split: "train", "validation" or "test".
 
     Raises:
-        UserError: A data set on the hub, whose content is not known before it is read.
+        UserError: A data set on the hub, whose content is not known before it is read; or no directory can be made.
     """
     folder = Path(directory, cache_key(paths, template, tokenizer, config, split))
     if not (folder / _REPORT).is_file():
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix="writing-", dir=directory))
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix="writing-", dir=directory))
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir must be a directory that can be written, got {directory!r}: {error.strerror}"
+            ) from error
         try:
             write(work, read, template, tokenizer, config)
             os.rename(work, folder)

@@ -1,14 +1,14 @@
 """Every row of some files looked at before a run: what cannot be used, what stands twice, what looks damaged."""
 
-import contextlib
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from chatglm_ptuning.data.config import DataConfig
 from chatglm_ptuning.data.conversation import Conversation
@@ -16,7 +16,7 @@ from chatglm_ptuning.data.encoding import encode_example, end_with_answer
 from chatglm_ptuning.data.formats import conversation_from_row
 from chatglm_ptuning.data.messages import shown
 from chatglm_ptuning.data.reading import data_files, read_rows
-from chatglm_ptuning.data.report import DataReport
+from chatglm_ptuning.data.report import DataReport, plural
 from chatglm_ptuning.data.rows import BadRow, Row
 from chatglm_ptuning.data.template import Template, Tokenizer
 from chatglm_ptuning.errors import UserError
@@ -70,7 +70,7 @@ class CheckResult:
 
     def summary(self, config: DataConfig) -> str:
         """The counts, one line a kind, and the histograms of lengths where a tokenizer was given."""
-        lines = [f"{self.good:,} of {self.rows:,} rows without a finding"]
+        lines = [f"{self.good:,} of {plural(self.rows, 'row')} without a finding"]
         lines += [f"  {kind}: {count:,}" for kind, count in self.findings.most_common()]
         lengths = self.report.lengths(config.max_source_length, config.max_target_length)
         return "\n".join([*lines, lengths] if lengths else lines)
@@ -95,21 +95,19 @@ def check_files(
         held_out: Files for evaluation; checked too, and each question that also stands in `paths` is a finding.
         template: The chat format; with `tokenizer` the limits are checked.
         tokenizer: The model's tokenizer.
-        fix: Write the good rows of `paths` here, one JSON line each. A row that training would only cut is good,
+        fix: Write the usable rows of `paths` here, one JSON line each. A row that training would only cut is usable,
             unless `data.truncation` is "drop".
         on_row: Called after each row.
 
     Raises:
-        UserError: A file that does not exist, or `fix` is one of the files.
+        UserError: A file that does not exist; or `fix` is one of the files, or cannot be written.
     """
     files, others = data_files(paths), data_files(held_out)
     if fix is not None and Path(fix).resolve() in {Path(file).resolve() for file in files + others}:
         raise UserError(f"--fix must name a new file, got {fix!r}, which is being checked")
     result, seen = CheckResult(), Seen()
-    with contextlib.ExitStack() as stack:
-        output = stack.enter_context(open(fix, "w", encoding="utf-8")) if fix is not None else None
-        for file in files + others:
-            is_held_out = file in others
+    with open_output(fix) if fix is not None else nullcontext() as output:
+        for file, is_held_out in [*((f, False) for f in files), *((f, True) for f in others)]:
             for row in rows_of(file, config.encoding):
                 findings, conversation = check_row(row, config, template, tokenizer, result.report)
                 if conversation is not None:
@@ -121,10 +119,27 @@ def check_files(
                     on_finding(finding)
                 is_usable = all(finding.is_usable for finding in findings)
                 if output is not None and is_usable and not is_held_out and isinstance(row, Row):
-                    output.write(json.dumps(row.value, ensure_ascii=False) + "\n")
+                    # a Parquet file may have columns that JSON has no form for; no text of a usable row is among them
+                    output.write(json.dumps(row.value, ensure_ascii=False, default=str) + "\n")
                     result.written += 1
                 on_row()
     return result
+
+
+def open_output(file: str) -> IO[str]:
+    """Open a file of JSON lines for writing; half a character, which UTF-8 cannot hold, becomes its JSON escape.
+
+    Raises:
+        UserError: It would be read back as another form than JSON lines, or cannot be written.
+    """
+    if Path(file).suffix.lower() in (".csv", ".tsv", ".parquet", ".gz"):
+        raise UserError(f"--fix must name a file of JSON lines, got {file!r}; call it .jsonl")
+    try:
+        return open(file, "w", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(
+            f"--fix must name a file that can be written, got {file!r}: {error.strerror}"
+        ) from error
 
 
 class Seen:
@@ -145,14 +160,13 @@ class Seen:
         if is_held_out and question in self.questions:
             reason = f"a row to evaluate on must not stand in train, got the question of {self.questions[question]}"
             return [Finding(source, "question of train", reason)]
-        first = self.rows.setdefault(whole, source)
         if not is_held_out:
             self.questions.setdefault(question, source)
-        return (
-            [Finding(source, "duplicate", f"a row must stand once, got the row of {first}")]
-            if first != source
-            else []
-        )
+        if whole in self.rows:
+            reason = f"a row must stand once, got the row of {self.rows[whole]}"
+            return [Finding(source, "duplicate", reason)]
+        self.rows[whole] = source
+        return []
 
 
 def digest(value: Any) -> bytes:
@@ -206,7 +220,7 @@ def check_row(
     for rule in own.skipped:
         findings.append(Finding(row.source, rule, f"training skips this row: {rule}"))
     for rule, tally in own.changed.items():
-        reason = f"training takes {tally.tokens} tokens of this row away: {rule}"
+        reason = f"training takes {plural(tally.tokens, 'token')} of this row away: {rule}"
         findings.append(Finding(row.source, rule, reason, is_usable=True))
     return findings, conversation
 

@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 
     Args:
         input_ids: Ids up to where the answer begins.
-        reference: The answer in the file.
+        reference: The answer in the file, as `template.answer_text` gives it.
         source: "file:line" of the row.
         text: Content of the message to answer.
     """
@@ -175,7 +175,8 @@ def encode_prompts(
         except UserError as error:
             raise UserError(f"{conversation.source}: {error}") from error
         ids = without(ids, fit.removed)
-        prompts.append(Prompt(ids, answer.content, conversation.source, messages[-1].content))
+        reference = template.answer_text(answer)
+        prompts.append(Prompt(ids, reference, conversation.source, messages[-1].content))
         report.used += 1
     require_rows(report)
     return prompts, report

@@ -5,15 +5,27 @@ The content tells which of the three it is.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from chatglm_ptuning.data.rows import BadRow, Row, wrong_encoding
 from chatglm_ptuning.errors import UserError
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these pairs, none of which may hide another."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name!r} more than once in an object")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def read_json(file: Path, stream: IO[bytes], encoding: str) -> Iterator[Row | BadRow]:
@@ -54,7 +66,7 @@ def read_lines(file: Path, stream: IO[bytes], encoding: str) -> Iterator[Row | B
             continue
         source = f"{file}:{number}"
         try:
-            yield Row(source, json.loads(line.decode(encoding)))
+            yield Row(source, _DECODER.decode(line.decode(encoding).rstrip("\r\n")))
         except UnicodeDecodeError as error:
             yield BadRow(source, wrong_encoding(line, encoding, error))
         except (ValueError, RecursionError) as error:
@@ -120,4 +132,4 @@ def wrong_json(error: Exception, on_one_line: bool) -> str:
             f"column {error.colno}" if on_one_line else f"line {error.lineno}, column {error.colno}"
         )
         return f"a row must be valid JSON, got {error.msg!r} at {place}"
-    return f"a row must be valid JSON, got {type(error).__name__}: {error}"
+    return f"a row must be valid JSON, got {error}"

@@ -53,7 +53,7 @@ def messages_from_value(source: str, name: str, value: Any) -> list[Message]:
     """The message of one entry; ChatGLM3's tool entry is two, the call and what it gave back."""
     if not isinstance(value, dict):
         raise UserError(f"{source}: {name} must be an object, got {shown(value)}")
-    role = value.get("from", value.get("role"))
+    role = first_of(value, "from", "role")
     if not isinstance(role, str) or role not in _ROLES:
         raise UserError(
             f"{source}: the role of {name} must be one of {', '.join(_ROLES)}, got {shown(role)}"
@@ -69,12 +69,11 @@ def messages_from_value(source: str, name: str, value: Any) -> list[Message]:
             Message("assistant", "", loss, tool_calls=(call,)),
             Message("observation", observation),
         ]
-    key = "value" if "value" in value else "content"
-    if key not in value and not value.get("tool_calls"):
+    if not {"value", "content"} & set(value) and not value.get("tool_calls"):
         raise UserError(
             f"{source}: {name} must have 'content' or 'value', got columns {shown(sorted(value))}"
         )
-    content = content_of(source, name, value.get(key))
+    content = content_of(source, name, first_of(value, "value", "content"))
     if role == "function_call":  # its value is the call, as JSON
         return [Message("assistant", "", loss, tool_calls=tuple(read_calls(source, name, content)))]
     calls = [
@@ -83,6 +82,11 @@ def messages_from_value(source: str, name: str, value: Any) -> list[Message]:
     ]
     metadata = checked_text(source, f"the metadata of {name}", value.get("metadata"))
     return [Message(_ROLES[role], content, loss, metadata, tuple(calls))]
+
+
+def first_of(value: Mapping[str, Any], *keys: str) -> Any:
+    """The first of these that is there and not null, as Parquet has the keys that another row needs; else null."""
+    return next((value[key] for key in keys if value.get(key) is not None), None)
 
 
 def content_of(source: str, name: str, content: Any) -> str:
@@ -99,7 +103,7 @@ def content_of(source: str, name: str, content: Any) -> str:
 
 def loss_of(source: str, name: str, value: Mapping[str, Any]) -> bool | None:
     """ChatGLM3's `loss` flag, or OpenAI's `weight` of 0 or 1."""
-    flag = value.get("loss", value.get("weight"))
+    flag = first_of(value, "loss", "weight")
     if flag is not None and flag not in (0, 1):
         raise UserError(f"{source}: the loss of {name} must be true or false, got {shown(flag)}")
     return None if flag is None else bool(flag)
@@ -110,7 +114,7 @@ def tool_call(source: str, name: str, call: Any) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise UserError(f"{source}: a tool call of {name} must be an object, got {shown(call)}")
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = first_of(function, "arguments", "parameters")
     return ToolCall(
         checked_name(source, name, function.get("name")), checked_arguments(source, name, arguments)
     )
@@ -173,7 +177,7 @@ def read_json_text(source: str, name: str, value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{source}: {name} must be a list or its JSON, got {shown(value)}"
+            f"{source}: {name} must be valid JSON where it is a text, got {shown(value)}"
         ) from error
 
 

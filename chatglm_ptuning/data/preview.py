@@ -9,7 +9,7 @@ from torch import Tensor
 from chatglm_ptuning.data.config import DataConfig
 from chatglm_ptuning.data.conversation import Conversation
 from chatglm_ptuning.data.encoding import encode_example
-from chatglm_ptuning.data.report import DataReport
+from chatglm_ptuning.data.report import DataReport, plural
 from chatglm_ptuning.data.template import IGNORED, Example, Template
 
 _PROMPT, _TARGET, _PLAIN = "\033[36m", "\033[32;1m", "\033[0m"
@@ -42,7 +42,9 @@ def preview(
         example = encode_example(conversation, template, tokenizer, config, report)
         lines = [f"{conversation.source}: template {template.name}"]
         lines += [f"  skipped: {rule}" for rule in report.skipped]
-        lines += [f"  {rule}: {tally.tokens} tokens" for rule, tally in report.changed.items()]
+        lines += [
+            f"  {rule}: {plural(tally.tokens, 'token')}" for rule, tally in report.changed.items()
+        ]
         if example is not None:
             learned = len(example.labels) - example.labels.count(IGNORED)
             lines.append(f"  {len(example.input_ids)} tokens, {learned} of them learned")

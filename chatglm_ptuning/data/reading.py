@@ -20,7 +20,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def data_files(paths: str | Sequence[str]) -> list[str]:
-    """The files that paths stand for; of a folder those with a known suffix, sorted by name.
+    """The files that paths stand for; of a folder those in it with a known suffix, sorted by name.
 
     Raises:
         UserError: A path that does not exist, or a folder without data files.
@@ -30,7 +30,11 @@ def data_files(paths: str | Sequence[str]) -> list[str]:
         if path.startswith(HUB) or Path(path).is_file():
             files.append(path)
         elif Path(path).is_dir():
-            found = [file for file in sorted(Path(path).iterdir()) if kind(file) in SUFFIXES]
+            found = [
+                file
+                for file in sorted(Path(path).iterdir())
+                if kind(file) in SUFFIXES and file.is_file()
+            ]
             if not found:
                 raise UserError(
                     f"{path}: a data folder must hold {', '.join(SUFFIXES)} files, got none"

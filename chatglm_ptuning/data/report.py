@@ -42,13 +42,14 @@ class DataReport:
         count(self.changed, rule, source, tokens)
 
     def __str__(self) -> str:
-        lines = [f"{self.used:,} of {self.rows:,} rows used"]
+        lines = [f"{self.used:,} of {plural(self.rows, 'row')} used"]
         for rule, tally in self.skipped.items():
-            lines.append(f"  skipped, {rule}: {tally.rows:,} rows (first: {tally.first})")
+            lines.append(f"  skipped, {rule}: {plural(tally.rows, 'row')} (first: {tally.first})")
         for rule, tally in self.changed.items():
             share = tally.rows / max(self.used, 1)
             lines.append(
-                f"  {rule}: {tally.rows:,} rows ({share:.1%}), {tally.tokens:,} tokens (first: {tally.first})"
+                f"  {rule}: {plural(tally.rows, 'row')} ({share:.1%}), {plural(tally.tokens, 'token')}"
+                f" (first: {tally.first})"
             )
         return "\n".join(lines)
 
@@ -97,6 +98,11 @@ class DataReport:
         return cls(**values)
 
 
+def plural(count: int, noun: str) -> str:
+    """A count and what is counted: 1 row, 2,000 rows."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def count(tallies: dict[str, Tally], rule: str, source: str, tokens: int) -> None:
     """Add a row to the tally of a rule."""
     tally = tallies.setdefault(rule, Tally(first=source))
@@ -122,5 +128,7 @@ def histogram(counts: Counter[int], width: int = 40) -> str:
     lines = []
     for top in (1 << power for power in range(3, max(bars).bit_length())):
         bar = "#" * math.ceil(width * bars[top] / max(bars.values()))
-        lines.append(f"  {top // 2 + 1 if top > 8 else 0:>6}-{top:<6} {bars[top]:>9,} {bar}")
+        lines.append(
+            f"  {top // 2 + 1 if top > 8 else 0:>6}-{top:<6} {bars[top]:>9,} {bar}".rstrip()
+        )
     return "\n".join(lines)

@@ -18,8 +18,10 @@ class BadRow(NamedTuple):
 
 
 def wrong_encoding(line: bytes, encoding: str, error: UnicodeDecodeError) -> str:
-    """What to say of bytes that are not text in this encoding, naming GB18030 where it fits."""
+    """What to say of bytes that are not text in this encoding, naming UTF-16 or GB18030 where it fits."""
     say = f"text must be {encoding}, got byte 0x{error.object[error.start]:02x}"
+    if b"\0" in line:
+        return f"{say} in what looks like UTF-16; save the file again as UTF-8"
     try:
         line.decode("gb18030")
     except UnicodeDecodeError:

@@ -1,8 +1,9 @@
 """The rows of a run's train, validation and test files, ready for the Trainer: in memory, from a cache, or streamed."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from chatglm_ptuning.data.cache import cached_dataset
@@ -40,6 +41,7 @@ def build_dataset(
     """
     if split == "train" and config.streaming:
         report = DataReport()
+        data_files(split_paths(config, split))  # a path that is not there shows now
         read = partial(read_split, config, split, report)
         return StreamingDataset(read, template, tokenizer, config, report), report
     if config.cache_dir is not None:
@@ -85,16 +87,23 @@ def read_split(
     Raises:
         UserError: A row that cannot be read, with `file:line:`.
     """
+    paths, weights = split_paths(config, split), config.train_weights
     is_train = split == "train"
+    if weights is None or not is_train:
+        weights = [1.0] * len(paths)
     limit = config.max_train_samples if is_train else config.max_eval_samples
-    paths = split_paths(config, split)
-    weights = (
-        config.train_weights
-        if is_train and config.train_weights is not None
-        else [1.0] * len(paths)
-    )
+    return islice(draw_rows(config, paths, weights, report, epoch), limit)
+
+
+def draw_rows(
+    config: DataConfig,
+    paths: Sequence[str],
+    weights: Sequence[float],
+    report: DataReport,
+    epoch: int,
+) -> Iterator[Conversation]:
+    """The conversations of files, each as often as the weight of its path says; see `read_split`."""
     draw = random.Random(f"{config.seed} {epoch}")
-    given = 0
     for path, weight in zip(paths, weights, strict=True):
         for file in data_files(path):
             for row in read_rows(file, config.encoding):
@@ -107,7 +116,4 @@ def read_split(
                     continue
                 conversation = conversation_from_row(row, config)
                 for _ in range(times):
-                    if given == limit:
-                        return
-                    given += 1
                     yield conversation

@@ -88,7 +88,7 @@ def read_parquet(file: Path) -> Iterator[Row]:
                     yield Row(f"{file}:{number}", value)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
-            f"{file}: a .parquet file must be Parquet, got {error}; copy it again"
+            f"{file}: a .parquet file must be Parquet, got {str(error).rstrip('.')}; copy it again"
         ) from error
 
 
@@ -99,7 +99,7 @@ def read_hub(name: str) -> Iterator[Row]:
         name: "owner/name" for its train split, "owner/name/split" for another.
 
     Raises:
-        UserError: The `datasets` package is missing, or the data set cannot be opened.
+        UserError: The `datasets` package is missing, the name has no owner, or the data set cannot be opened.
     """
     try:
         import datasets
@@ -109,6 +109,8 @@ def read_hub(name: str) -> Iterator[Row]:
         ) from error
     owner, _, rest = name.partition("/")
     dataset, _, split = rest.partition("/")
+    if not dataset:
+        raise UserError(f"a data set on the hub must be named hf:owner/name, got 'hf:{name}'")
     try:
         rows = datasets.load_dataset(
             f"{owner}/{dataset}", split=split if split else "train", streaming=True

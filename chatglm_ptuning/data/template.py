@@ -102,6 +102,10 @@ class Template(ABC):
     def parse_response(self, text: str) -> Message:
         """The message that a generated text stands for; the text is what was decoded, from the first new token on."""
 
+    def answer_text(self, answer: Message) -> str:
+        """What an answer says, for a comparison with another answer."""
+        return answer.content
+
     def token_id(self, tokenizer: Tokenizer, token: str) -> int:
         """Id of a control token.
 
@@ -146,16 +150,25 @@ def split_rounds(messages: Sequence[Message], template: str) -> tuple[list[tuple
     if not roles or roles != expected[: len(roles)] or roles[-1] != "user":
         raise UserError(
             f"template {template} must be given user and assistant messages in turn (a system message first if any),"
-            f" the last one the user's, got roles {', '.join(roles) or 'none'}"
+            f" the last one the user's, got roles {', '.join(roles[:8]) or 'none'}{', ...' * (len(roles) > 8)}"
         )
-    if any(message.tool_calls or message.metadata for message in messages):
-        raise UserError(
-            f"template {template} must be given messages without tool calls; use chatglm3 or glm4"
-        )
+    refuse_calls(messages, template)
     texts = [message.content for message in messages[begins:]]
     if begins and messages[0].content:
         texts[0] = f"{messages[0].content}\n{texts[0]}"
     return list(zip(texts[0:-1:2], texts[1::2], strict=True)), texts[-1]
+
+
+def refuse_calls(messages: Sequence[Message], template: str) -> None:
+    """Refuse what a format without tools would leave out.
+
+    Raises:
+        UserError: A message calls a tool or has a line of metadata.
+    """
+    if any(message.tool_calls or message.metadata for message in messages):
+        raise UserError(
+            f"template {template} must be given messages without tool calls; use chatglm3 or glm4"
+        )
 
 
 class ChatGLMTemplate(Template):
@@ -188,6 +201,7 @@ class ChatGLMTemplate(Template):
     ) -> Example:
         """See `Template.encode_conversation`."""
         *context, answer = conversation.messages
+        refuse_calls([answer], self.name)
         prompt = self.encode_prompt(tokenizer, context, conversation.tools)
         end = self.token_id(tokenizer, "<eop>")
         input_ids = [*prompt, *tokenizer.encode_ordinary(answer.content), end]
@@ -241,6 +255,7 @@ class ChatGLM2Template(Template):
     ) -> Example:
         """See `Template.encode_conversation`."""
         *context, answer = conversation.messages
+        refuse_calls([answer], self.name)
         *earlier, whole = self._texts(context, conversation.tools)
         prompt = self._encode(tokenizer, whole)
         end = self.token_id(tokenizer, "</s>")
@@ -359,6 +374,11 @@ class RoleTemplate(Template):
             else:
                 contents.append(with_year(content if newline and not metadata.strip() else part))
         return Message("assistant", "\n".join(filter(None, contents)), tool_calls=tuple(calls))
+
+    def answer_text(self, answer: Message) -> str:
+        """See `Template.answer_text`; tool calls are spelled as the model writes them."""
+        calls = [f"{call.name}\n{self.render_call(call)}" for call in answer.tool_calls]
+        return "\n".join(filter(None, [answer.metadata, answer.content, *calls]))
 
     def _with_tools(self, messages: Sequence[Message], tools: Any) -> list[Message]:
         system, turns = split_turns(messages)

@@ -28,6 +28,7 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
         raise UserError(
             f"model.template must be given where the checkpoint does not tell it, got {tokenizer.name_or_path!r}"
             f" which may be any of {names or ', '.join(TEMPLATES)}; set model.template"
+            " (--template in chat, serve and data)"
         )
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1)

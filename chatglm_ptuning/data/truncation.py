@@ -1,5 +1,6 @@
 """Fitting a conversation into its limits: oldest turns go first, then the last message is cut; never an end token."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -47,9 +48,15 @@ def fit_prompt(
     max_length += template.prompt_targets
     whole = prompt
     system, turns = split_turns(messages)
-    while len(whole) > max_length and len(turns) > 1:
-        del turns[0]
-        messages = [*system, *(message for turn in turns for message in turn)]
+
+    def newest(turn: int) -> list[Message]:
+        return [*system, *(message for messages in turns[turn:] for message in messages)]
+
+    def fits(turn: int) -> bool:
+        return len(template.encode_prompt(tokenizer, newest(turn), tools)) <= max_length
+
+    if len(whole) > max_length and len(turns) > 1:  # by bisection: a row may have hundreds of turns
+        messages = newest(bisect_left(range(len(turns) - 1), True, lo=1, key=fits))
         whole = template.encode_prompt(tokenizer, messages, tools)
     dropped = len(prompt) - len(whole)
     surplus = len(whole) - max_length

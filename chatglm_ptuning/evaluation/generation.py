@@ -74,7 +74,7 @@ def generate_predictions(
             answers = answer_batch(model, [prompts[index].input_ids for index in batch])
             for index, ids in zip(batch, answers, strict=True):
                 _, reference, _, text = prompts[index]
-                answer = template.parse_response(tokenizer.decode(ids)).content
+                answer = template.answer_text(template.parse_response(tokenizer.decode(ids)))
                 answered[index] = Prediction(index, text, reference, answer)
             write_predictions(file, [answered[index] for index in batch])
             bar.update(len(batch))

@@ -77,6 +77,8 @@ def run(config: RunConfig) -> None:
         if split == "train" or config.data.validation_file:
             rows[split], accounts[split] = build_dataset(config.data, split, template, tokenizer)
             say(rows_line(split, accounts[split], config))
+    if "validation" not in rows and config.training.get("eval_strategy", "no") != "no":
+        say("validation: data.validation_file is not set, so nothing is evaluated during training")
 
     def read_prompts(paths: str | list[str] | None, limit: int | None) -> list[Prompt]:
         if not paths:
@@ -219,16 +221,24 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     """The section `training`, with what other sections say about it.
 
     Raises:
-        UserError: `model.device` names a single GPU: the processes have one each.
+        UserError: `model.device` names a single GPU, where the processes have one each; or the best step is asked for
+            and there is nothing to find it with.
     """
-    device = config.model.device
+    settings, device = dict(config.training), config.model.device
+    if not config.data.validation_file:
+        if settings.get("load_best_model_at_end"):
+            raise UserError(
+                "training.load_best_model_at_end must come with data.validation_file, got validation_file="
+                f"{config.data.validation_file!r}; name a file or leave it false"
+            )
+        settings |= {"eval_strategy": "no", "eval_on_start": False}
     if device is None:
-        return config.training
+        return settings
     if device not in ("cpu", "cuda"):
         raise UserError(
             f"model.device must be cpu or cuda in training, got {device!r}; choose a GPU by CUDA_VISIBLE_DEVICES"
         )
-    return {"use_cpu": device == "cpu", **config.training}
+    return {"use_cpu": device == "cpu"} | settings
 
 
 def make_model(

@@ -1,10 +1,13 @@
 import json
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from chatglm_ptuning.data.check import check_files, encoding_damage
 from chatglm_ptuning.data.dataset import DataConfig
+from chatglm_ptuning.data.reading import read_rows
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
 from tests.data.chat_tokenizers import TOKENIZERS
@@ -124,6 +127,14 @@ def test_questions_of_train_in_held_out_rows_are_found(tmp_path):
     assert len(fix.read_text(encoding="utf-8").splitlines()) == 4
 
 
+def test_a_file_given_twice_is_found_row_by_row(tmp_path):
+    file = write(tmp_path, GOOD)
+    assert check([file], held_out=[file])[1] == [
+        (f"rows.jsonl:{n}", "question of train") for n in range(1, 5)
+    ]
+    assert check([file, file])[1] == [(f"rows.jsonl:{n}", "duplicate") for n in range(1, 5)]
+
+
 def test_a_file_that_cannot_be_read_on_does_not_stop_the_check(tmp_path):
     broken = tmp_path / "a.json"
     broken.write_bytes(json.dumps(GOOD, ensure_ascii=False, indent=1).encode("gb18030"))
@@ -139,6 +150,34 @@ def test_fix_must_be_a_new_file(tmp_path):
     with pytest.raises(UserError, match="--fix must name a new file"):
         check([file], fix=str(Path(file).parent / "." / "rows.jsonl"))
     assert len(Path(file).read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rows.csv", "must name a file of JSON lines, got '.*rows.csv'; call it .jsonl"),
+        ("rows.jsonl.gz", "must name a file of JSON lines"),
+        ("nowhere/rows.jsonl", "must name a file that can be written, got .*: No such file"),
+        (".", "must name a file that can be written, got .*: Is a directory"),
+    ],
+)
+def test_fix_must_be_writable_and_json_lines(tmp_path, name, message):
+    with pytest.raises(UserError, match=f"--fix {message}"):
+        check([write(tmp_path, GOOD)], fix=str(tmp_path / name))
+
+
+def test_columns_that_json_cannot_hold_do_not_keep_a_row_from_being_written(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    dated = [GOOD[0] | {"when": datetime(2026, 1, 2), "price": Decimal("1.50"), "raw": b"\xff"}]
+    parquet.write_table(pyarrow.Table.from_pylist(dated), tmp_path / "rows.parquet")
+    half = write(tmp_path, [json.dumps(GOOD[1] | {"note": "\ud800"})])
+    fix = str(tmp_path / "fixed.jsonl")
+    check([str(tmp_path / "rows.parquet"), half], fix=fix)
+    first, second = [row.value for row in read_rows(fix)]
+    assert first == GOOD[0] | {"when": "2026-01-02 00:00:00", "price": "1.50", "raw": "b'\\xff'"}
+    assert second == GOOD[1] | {"note": "\ud800"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.data.conversation import Conversation, Message, ToolCall
 from chatglm_ptuning.data.dataset import (
     DataConfig,
     encode_dataset,
@@ -84,7 +84,7 @@ def test_layouts_are_recognised(tmp_path, row, config, texts):
         ({"a": 1}, {}, "columns of a known layout, got columns ['a']; set data.prompt_column"),
         ({"content": 3, "summary": "答"}, {}, "column 'content' must be a text, got 3"),
         ({"content": "\ud800", "summary": "答"}, {}, "column 'content' must be valid Unicode"),
-        ({"prompt": "", "response": "", "history": "x"}, {}, "column 'history' must be a list or its JSON, got 'x'"),
+        ({"prompt": "", "response": "", "history": "x"}, {}, "column 'history' must be valid JSON where it is a"),
         ({"prompt": "", "response": "", "history": [["x"]]}, {}, "turn 1 of column 'history' must be [question"),
         ({"q": "x"}, {"prompt_column": "q", "response_column": "a"}, "must have column 'a', got columns ['q']"),
     ],
@@ -202,8 +202,8 @@ def test_drop_leaves_long_rows_out_and_says_so():
     assert len(dataset) == report.used == 1
     assert str(report).splitlines() == [
         "1 of 3 rows used",
-        "  skipped, prompt over data.max_source_length=10: 1 rows (first: f:1)",
-        "  skipped, answer over data.max_target_length=10: 1 rows (first: f:2)",
+        "  skipped, prompt over data.max_source_length=10: 1 row (first: f:1)",
+        "  skipped, answer over data.max_target_length=10: 1 row (first: f:2)",
     ]
 
 
@@ -227,6 +227,20 @@ def test_rows_without_question_or_answer_are_counted():
     assert list(report.changed) == ["messages after the last answer left out"]
     assert report.rows == report.used + 5 == 6
     assert dataset[-1]["input_ids"] == [*ids("问"), GMASK, SOP, *ids("答"), EOP]
+
+
+def test_the_reference_of_a_tool_call_is_the_call():
+    call = ToolCall("f", {"x": 1})
+    answers = [
+        Message("assistant", "看", tool_calls=(call,)),
+        Message("assistant", "```python\ntool_call(x=1)\n```", metadata="f"),
+    ]
+    rows = [Conversation((Message("user", "问"), answer)) for answer in answers]
+    name = "chatglm3"
+    prompts, _ = encode_prompts(rows, TEMPLATES[name], TOKENIZERS[name], DataConfig())
+    texts = ["看\nf\n```python\ntool_call(x=1)\n```", "f\n```python\ntool_call(x=1)\n```"]
+    assert [prompt.reference for prompt in prompts] == texts
+    assert TEMPLATES[name].answer_text(TEMPLATES[name].parse_response(texts[1])) == texts[1]
 
 
 def test_no_usable_row_is_an_error():

@@ -132,8 +132,11 @@ def test_a_named_column_of_messages():
 
 WRONG_ROWS = [
     ({"messages": 3}, "column 'messages' must be a list of messages, got 3"),
-    ({"messages": "x"}, "column 'messages' must be a list or its JSON, got 'x'"),
-    ({"messages": [], "tools": "x"}, "column 'tools' must be a list or its JSON, got 'x'"),
+    ({"messages": "x"}, "column 'messages' must be valid JSON where it is a text, got 'x'"),
+    (
+        {"messages": [], "tools": "x"},
+        "column 'tools' must be valid JSON where it is a text, got 'x'",
+    ),
     ({"messages": [], "tools": 3}, "column 'tools' must be a list, got 3"),
     ({"messages": [], "system": 3}, "column 'system' must be a text, got 3"),
 ]
@@ -172,7 +175,10 @@ WRONG_MESSAGES = [
         {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]},
         "must be an object, got [1]",
     ),
-    ({"from": "function_call", "value": "f(x)"}, "must be a list or its JSON, got 'f(x)'"),
+    (
+        {"from": "function_call", "value": "f(x)"},
+        "must be valid JSON where it is a text, got 'f(x)'",
+    ),
 ]
 
 
@@ -299,8 +305,35 @@ def test_a_folder_stands_for_its_data_files(tmp_path):
         "hf:owner/name",
     ]
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.json").mkdir()
+    assert len(data_files(str(tmp_path))) == 2
     with pytest.raises(UserError, match="a data folder must hold"):
         data_files(str(tmp_path / "empty"))
+
+
+def test_keys_that_are_null_are_as_good_as_absent(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = str(tmp_path / "rows.parquet")
+    messages = [
+        {"from": "human", "value": "问"},
+        {"role": "assistant", "tool_calls": [{"name": "f", "parameters": '{"x": 1}'}]},
+        {"role": "tool", "content": "果"},
+        {"role": "assistant", "content": "答", "weight": 0},
+    ]
+    text = pyarrow.string()
+    call = pyarrow.struct([(key, text) for key in ("name", "arguments", "parameters")])
+    keys = [(key, text) for key in ("from", "value", "role", "content")]
+    keys += [
+        ("tool_calls", pyarrow.list_(call)),
+        ("loss", pyarrow.int8()),
+        ("weight", pyarrow.int8()),
+    ]
+    schema = pyarrow.schema([("messages", pyarrow.list_(pyarrow.struct(keys)))])
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}], schema=schema), file)
+    (conversation,) = load_conversations(file, DataConfig())
+    assert conversation.messages == (*CALLED[:3], Message("assistant", "答", loss=False))
 
 
 def test_a_hub_data_set_is_read_by_name(monkeypatch):
@@ -322,4 +355,6 @@ def test_a_hub_data_set_is_read_by_name(monkeypatch):
         match=r"^hf:owner/gone must be a data set that can be opened from here, got no such thing$",
     ):
         list(read_rows("hf:owner/gone"))
+    with pytest.raises(UserError, match=r"must be named hf:owner/name, got 'hf:name'$"):
+        list(read_rows("hf:name"))
     assert asked == [("owner/name", "validation", True), ("owner/gone", "train", True)]

@@ -47,7 +47,7 @@ def bad(tmp_path, content, encoding="utf-8"):
 def test_a_broken_line_is_reported_and_the_next_ones_are_read(tmp_path):
     assert bad(tmp_path, b'{"a": 1}\n{"a": 2\n\n{"a": 3}\n') == [
         {"a": 1},
-        ("2", "a row must be valid JSON, got \"Expecting ',' delimiter\" at column 1"),
+        ("2", "a row must be valid JSON, got \"Expecting ',' delimiter\" at column 8"),
         {"a": 3},
     ]
 
@@ -111,6 +111,24 @@ def test_gbk_is_named_and_read_when_asked_for(tmp_path):
     assert [row[0] for row in found] == ["1", "2"]
     assert all("GBK/GB18030; set data.encoding=gb18030" in row[1] for row in found)
     assert bad(tmp_path, content, "gb18030") == [{"a": "中文"}, {"a": "汉字誠"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_utf_16_is_named(tmp_path, encoding):
+    content = json.dumps({"a": "中文"}, ensure_ascii=False).encode(encoding)
+    with pytest.raises(UserError, match="in what looks like UTF-16; save the file again as UTF-8"):
+        bad(tmp_path, content)
+
+
+def test_a_key_that_hides_another_is_reported(tmp_path):
+    found = bad(tmp_path, b'{"a": 1, "b": 2, "a": 3}\n{"a": {"c": 1, "c": 1}}\n{"a": 1}\n')
+    reasons = [
+        f"a row must be valid JSON, got key {key!r} more than once in an object" for key in "ac"
+    ]
+    assert found == [("1", reasons[0]), ("2", reasons[1]), {"a": 1}]
+    first, second = bad(tmp_path, b'[\n {"a": 1, "a": 2},\n {"a": 3}\n]')
+    assert first == ("2", reasons[0])
+    assert second == {"a": 3}
 
 
 def test_deep_nesting_and_long_numbers_are_bad_rows(tmp_path):

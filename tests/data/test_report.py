@@ -17,7 +17,7 @@ def test_one_line_a_rule():
     assert str(make()).splitlines() == [
         "3 of 5 rows used",
         "  skipped, empty answer: 2 rows (first: f:1)",
-        "  prompt cut: 1 rows (33.3%), 10 tokens (first: f:3)",
+        "  prompt cut: 1 row (33.3%), 10 tokens (first: f:3)",
     ]
 
 
@@ -30,9 +30,9 @@ def test_lengths_are_shown_against_the_limits():
         "      33-64             1 " + "#" * 20,
         "tokens against data.max_target_length=64: 1 of 100 rows are over it, 8 would fit 99 %",
         "       0-8             99 " + "#" * 40,
-        "       9-16             0 ",
-        "      17-32             0 ",
-        "      33-64             0 ",
+        "       9-16             0",
+        "      17-32             0",
+        "      33-64             0",
         "      65-128            1 #",
     ]
 

@@ -161,6 +161,19 @@ def test_streaming_through_loader_workers_loses_nothing(tmp_path):
     assert sorted(map(int, found)) == list(range(50))
 
 
+def test_rows_after_the_limit_are_not_looked_at(tmp_path):
+    file = write(tmp_path, range(3))
+    with open(file, "a") as rows:
+        rows.write("{\n")
+    dataset, report = build(train_file=file, max_train_samples=3)
+    assert len(dataset) == report.rows == 3
+
+
+def test_a_stream_of_a_missing_file_is_refused_before_it_is_read():
+    with pytest.raises(UserError, match="a data file must exist"):
+        build(train_file="nowhere.json", streaming=True)
+
+
 def test_a_stream_stops_at_a_broken_row(tmp_path):
     file = write(tmp_path, range(5))
     with open(file, "a") as rows:
@@ -221,6 +234,12 @@ def test_a_failed_cache_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="valid JSON"):
         build(train_file=file, cache_dir=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_one_sentence(tmp_path):
+    file = write(tmp_path, range(5))
+    with pytest.raises(UserError, match=r"data\.cache_dir must be a directory that can be written"):
+        build(train_file=file, cache_dir=file)
 
 
 def test_the_hub_is_not_cached(tmp_path):

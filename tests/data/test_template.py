@@ -228,10 +228,11 @@ def test_formats_without_tools_say_so(name):
     with pytest.raises(UserError, match=f"template {name} must be used without tools"):
         template.encode_prompt(tokenizer, [Message("user", "x")], TOOLS)
     call = Message("assistant", "", tool_calls=(ToolCall("f", {}),))
-    with pytest.raises(
-        UserError, match=f"template {name} must be given messages without tool calls"
-    ):
+    refused = pytest.raises(UserError, match=f"template {name} must be given messages without tool")
+    with refused:
         template.encode_prompt(tokenizer, [Message("user", "x"), call, Message("user", "y")])
+    with refused:  # as the answer that is learned
+        template.encode_conversation(tokenizer, Conversation((Message("user", "x"), call)))
 
 
 @pytest.mark.parametrize("name", ["chatglm", "chatglm2"])
@@ -241,6 +242,12 @@ def test_formats_without_tools_say_so(name):
 def test_rounds_refuse_roles_out_of_turn(name, roles):
     with pytest.raises(UserError, match="in turn"):
         TEMPLATES[name].encode_prompt(TOKENIZERS[name], [Message(role, "x") for role in roles])
+
+
+def test_of_many_roles_a_few_are_named():
+    with pytest.raises(UserError) as error:
+        TEMPLATES["chatglm"].encode_prompt(TOKENIZERS["chatglm"], [Message("user", "x")] * 500)
+    assert str(error.value).endswith(f"got roles {', '.join(['user'] * 8)}, ...")
 
 
 CONTROL = [

@@ -26,7 +26,9 @@ def test_a_tokenizer_that_does_not_tell_leaves_the_choice(tmp_path):
         (GOLDEN / "tokenizer_v2" / "tokenizer.model").read_bytes()
     )
     tokenizer = ChatGLM2Tokenizer(str(tmp_path / "tokenizer.model"))
-    with pytest.raises(UserError, match=r"may be any of chatglm2, chatglm3; set model.template"):
+    with pytest.raises(
+        UserError, match=r"may be any of chatglm2, chatglm3; set model.template \(--template"
+    ):
         choose_template(None, tokenizer)
     for name in ("chatglm2", "chatglm3"):
         assert choose_template(name, tokenizer) is TEMPLATES[name]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Seq2SeqTrainingArguments
 
-from chatglm_ptuning.config import OUTPUT_DIRS
+from chatglm_ptuning.config import OUTPUT_DIRS, RunConfig
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.training import arguments
 from chatglm_ptuning.training.arguments import (
@@ -12,6 +12,7 @@ from chatglm_ptuning.training.arguments import (
     default_learning_rate,
     make_arguments,
 )
+from chatglm_ptuning.training.run import training_settings
 
 
 def test_every_adapter_has_a_learning_rate() -> None:
@@ -46,3 +47,13 @@ def test_more_processes_than_gpus(
             arguments.check_gpus(use_cpu)
     else:
         arguments.check_gpus(use_cpu)
+
+
+def test_without_validation_rows_nothing_is_evaluated_and_there_is_no_best_step() -> None:
+    config = RunConfig(training={"eval_strategy": "steps", "eval_on_start": True})
+    assert training_settings(config) == {"eval_strategy": "no", "eval_on_start": False}
+    assert config.training["eval_strategy"] == "steps"
+    config.data.validation_file = "rows.json"
+    assert training_settings(config) == config.training
+    with pytest.raises(UserError, match=r"load_best_model_at_end must come with data\.validation_"):
+        training_settings(RunConfig(training={"load_best_model_at_end": True}))
