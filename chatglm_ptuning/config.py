@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.metadata import version
@@ -42,6 +42,13 @@ OUTPUT_DIRS = {
     "adalora": "outputs/adalora",
     "ia3": "outputs/ia3",
     "full": "outputs/full",
+}
+# Keys that hold a path, or a list of paths; `~` in them is the home directory, as in a shell
+PATHS = {
+    "model": ("path",),
+    "data": ("train_file", "validation_file", "test_file", "cache_dir"),
+    "adapter": ("from",),
+    "training": ("output_dir", "resume_from_checkpoint", "deepspeed"),
 }
 OTHER_NAMES = {"pre_seq_len": "num_virtual_tokens"}  # as the released ChatGLM scripts call it
 
@@ -193,6 +200,7 @@ class RunConfig:
         for name, section in values.items():
             if not isinstance(section, dict | None):
                 raise UserError(f"{places[name]}: section {name} must hold keys, got {section!r}")
+        change_paths(values, PATHS, os.path.expanduser)
         adapter, training = parse_adapter(values, places), parse_training(values, places)
         if adapter.type == "adalora" and training.get("max_steps", -1) > 0:
             adapter.settings.setdefault("total_step", training["max_steps"])
@@ -207,7 +215,8 @@ class RunConfig:
     @property
     def output_dir(self) -> Path:
         """Where the run is written."""
-        return Path(self.training.get("output_dir", OUTPUT_DIRS[self.adapter.type]))
+        given = self.training.get("output_dir")
+        return Path(given if given is not None else OUTPUT_DIRS[self.adapter.type])
 
     def to_dict(self) -> dict[str, Any]:
         """The sections as `load` reads them, the versions in use beside them."""
@@ -253,23 +262,25 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     try:
         loader = Loader(file.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else {}
     except OSError as error:
         raise UserError(f"config file must be readable, got {file}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
         raise UserError(f"{file}: a config file must be UTF-8 text; {error}") from None
-    try:
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node is not None else {}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise UserError(f"{file}:{line}: must be YAML, but {error.problem}") from None
+    except ValueError as error:  # a date that is none
+        raise UserError(f"{file}: must be YAML, but {error}; put dates in quotes") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}:1: a config must be sections of keys, got {values!r}")
     places: dict[str, str] = {}
     if node is not None:
         note_places(node, str(file), "", places)
     if file.resolve().parent == PROJECT / "configs":
-        make_project_paths(values)
+        inputs = PATHS | {"training": ("deepspeed",)}
+        change_paths(values, inputs, lambda x: os.path.relpath(PROJECT / os.path.expanduser(x)))
     return values, places
 
 
@@ -285,17 +296,15 @@ def note_places(node: yaml.Node, file: str, prefix: str, places: dict[str, str])
         note_places(value_node, file, f"{name}.", places)
 
 
-def make_project_paths(values: dict[str, Any]) -> None:
-    """Turn the input paths of a shipped config into paths from the current directory."""
-    for section, keys in {
-        "model": ("path",),
-        "data": ("train_file", "validation_file", "test_file"),
-        "training": ("deepspeed",),
-    }.items():
-        for key in keys:
-            value = (values.get(section) or {}).get(key)
-            if isinstance(value, str):
-                values[section][key] = os.path.relpath(PROJECT / value)
+def change_paths(values: dict, keys: dict[str, tuple], change: Callable[[str], str]) -> None:
+    """Change the paths at these keys of the sections."""
+    for section in keys.keys() & values.keys():
+        if isinstance(content := values[section], dict):
+            for key in content.keys() & keys[section]:
+                if isinstance(value := content[key], str):
+                    content[key] = change(value)
+                elif isinstance(value, list):
+                    content[key] = [change(x) if isinstance(x, str) else x for x in value]
 
 
 def lay_over(values: dict[str, Any], places: dict[str, str], override: str) -> None:
@@ -310,7 +319,7 @@ def lay_over(values: dict[str, Any], places: dict[str, str], override: str) -> N
         raise UserError(f"an override must be section.key=value, got {override!r}")
     try:
         value = yaml.load(text, Loader)  # a SafeLoader
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
         raise UserError(
             f"the value of {name} must be YAML, got {text!r}; put it in quotes"
         ) from None
@@ -353,7 +362,7 @@ def parse_adapter(values: Mapping[str, Any], places: dict[str, str]) -> AdapterS
     """The section `adapter`, whose keys depend on its type."""
     section = dict(values.get("adapter") or {})
     kind = section.pop("type", AdapterSection.type)
-    if kind not in OUTPUT_DIRS:
+    if not (isinstance(kind, str) and kind in OUTPUT_DIRS):
         raise UserError(
             f"{places['adapter.type']}: adapter.type must be one of {', '.join(OUTPUT_DIRS)}, got {kind!r}"
         )
@@ -426,14 +435,8 @@ def has_type(value: Any, wanted: Any) -> bool:
 
 def describe_type(wanted: Any) -> str:
     """An annotation in words."""
-    words = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        dict: "keys",
-    }
-    words |= {list: "a list", types.NoneType: "null"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    words |= {dict: "keys", list: "a list", types.NoneType: "null"}
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(describe_type(option) for option in inner))

@@ -73,6 +73,8 @@ def test_full_training_has_no_tuner(tmp_path: Path) -> None:
             "there is no key adapter.num_virtual_tokens",
         ),
         ("adapter: {type: lroa}", "run.yaml:1: adapter.type must be one of ptuning_v2, "),
+        ("adapter: {type: [lora]}", "adapter.type must be one of ptuning_v2, "),
+        ("training: {run_name: 2024-13-45}", "run.yaml: must be YAML, but month must be in 1..12"),
         ("adapter: {from: 3}", "run.yaml:1: adapter.from must be text or null, got 3"),
         ("adapter: {init: words}", "run.yaml:1: adapter.init must be one of random, text, got"),
         ("adapter: {type: lora, init: text}", "run.yaml:1: there is no key adapter.init;"),

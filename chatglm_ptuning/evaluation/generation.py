@@ -106,6 +106,14 @@ def read_answered(path: Path, prompts: Sequence[Prompt]) -> dict[int, Prediction
     return answered
 
 
+def has_answers(path: Path, prompts: Sequence[Prompt]) -> bool:
+    """Whether a file holds an answer to each of these prompts and to no others."""
+    try:
+        return len(read_answered(path, prompts)) == len(prompts)
+    except UserError:
+        return False
+
+
 @contextmanager
 def answering(
     model: PreTrainedModel,

@@ -95,7 +95,7 @@ def make_arguments(settings: Mapping[str, Any], output_dir: str | PathLike[str])
     """The trainer's arguments; takes the device, and under a launcher joins the process group.
 
     Raises:
-        UserError: A value that transformers refuses, more GPUs than processes or fewer.
+        UserError: A value that cannot be trained with, more GPUs than processes or fewer.
     """
     check_gpus(bool(settings.get("use_cpu")))
     if settings.get("deepspeed"):
@@ -103,7 +103,8 @@ def make_arguments(settings: Mapping[str, Any], output_dir: str | PathLike[str])
     try:
         arguments = RunArguments(**{**settings, "output_dir": fspath(output_dir)})
     except (ValueError, ImportError) as error:
-        raise UserError(f"section training: {error}") from None
+        raise UserError(f"section training: {' '.join(str(error).split())}") from None
+    check_values(arguments)
     if arguments.deepspeed:
         join_group(bool(arguments.use_cpu))
     if arguments.n_gpu > 1:
@@ -112,6 +113,34 @@ def make_arguments(settings: Mapping[str, Any], output_dir: str | PathLike[str])
             f"{arguments.n_gpu} to train on all of them or CUDA_VISIBLE_DEVICES=0 to train on one"
         )
     return arguments
+
+
+def check_values(arguments: RunArguments) -> None:
+    """Refuse what transformers takes and stumbles over later, or does not even look at.
+
+    Raises:
+        UserError: A value out of its range.
+    """
+    seeds = range(2**32)
+    rules = {
+        "per_device_train_batch_size": (lambda x: x >= 1, "be at least 1"),
+        "per_device_eval_batch_size": (lambda x: x >= 1, "be at least 1"),
+        "gradient_accumulation_steps": (lambda x: x >= 1, "be at least 1"),
+        "max_steps": (lambda x: x >= 1 or x == -1, "be at least 1, or -1 for num_train_epochs"),
+        "num_train_epochs": (lambda x: x > 0, "be over 0"),
+        "learning_rate": (lambda x: x >= 0, "be 0 or more"),
+        "label_smoothing_factor": (lambda x: 0 <= x < 1, "be 0 or more and under 1"),
+        "dataloader_num_workers": (lambda x: x >= 0, "be 0 or more"),
+        "seed": (lambda x: x in seeds, "be 0 or more and under 2**32"),
+        "data_seed": (lambda x: x is None or x in seeds, "be null or 0 or more and under 2**32"),
+    }
+    for field in dataclasses.fields(RunArguments):
+        if (choices := field.metadata.get("choices")) is not None:
+            allowed = {field.default, *choices}
+            rules[field.name] = (allowed.__contains__, f"be one of {', '.join(choices)}")
+    for name, (holds, rule) in rules.items():
+        if not holds(value := getattr(arguments, name)):
+            raise UserError(f"training.{name} must {rule}, got {value!r}")
 
 
 def check_gpus(use_cpu: bool) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from chatglm_ptuning.errors import UserError
@@ -114,13 +115,21 @@ def require_whole(directory: Path) -> Path:
     return directory
 
 
-def set_aside(output_dir: Path) -> Path | None:
-    """Move the checkpoints of an earlier run out of a new run's way, in place of those moved before.
+def set_aside(output_dir: Path, resumed: Path | None) -> Path | None:
+    """Move checkpoints out of a run's way that are not of its past, in place of those moved before.
+
+    Left there, they would count as newer than the run's own: kept in their place, and resumed from.
+
+    Args:
+        output_dir: The run's.
+        resumed: The checkpoint that the run goes on from; None if it starts anew.
 
     Returns:
         Where they are now; None if there were none.
     """
     found = checkpoints(output_dir)
+    if resumed is not None:
+        found = list(takewhile(lambda path: not path.samefile(resumed), found))
     if not found:
         return None
     target = output_dir / EARLIER_DIRECTORY

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +15,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from chatglm_ptuning.config import RunConfig
 from chatglm_ptuning.data.collator import Collator
+from chatglm_ptuning.data.conversation import Message
 from chatglm_ptuning.data.dataset import Prompt, encode_prompts, load_conversations
 from chatglm_ptuning.data.report import DataReport
 from chatglm_ptuning.data.splits import build_dataset, split_paths
+from chatglm_ptuning.data.template import Template
 from chatglm_ptuning.data.template_choice import choose_template
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.evaluate import evaluate
+from chatglm_ptuning.evaluation.generation import has_answers
 from chatglm_ptuning.evaluation.predictions import read_predictions
 from chatglm_ptuning.evaluation.report import BASE_PREDICTIONS, PREDICTIONS, read_scored
 from chatglm_ptuning.models.loading import load_base_model
@@ -27,7 +31,7 @@ from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
 from chatglm_ptuning.training.adalora import AdaLoraSteps
 from chatglm_ptuning.training.arguments import RunArguments, default_learning_rate, make_arguments
 from chatglm_ptuning.training.callbacks import BeforeFirstStep
-from chatglm_ptuning.training.checkpoints import find_checkpoint
+from chatglm_ptuning.training.checkpoints import find_checkpoint, set_aside
 from chatglm_ptuning.training.freezing import train_last_layers
 from chatglm_ptuning.training.guard import EarlyStopping, collapse
 from chatglm_ptuning.training.interrupt import StopOnSigterm
@@ -50,7 +54,8 @@ def run(config: RunConfig) -> None:
     """
     started = time.monotonic()
     arguments = make_arguments(training_settings(config), config.output_dir)
-    output_dir, is_main = Path(arguments.output_dir), arguments.process_index == 0
+    output_dir, is_main = config.output_dir, arguments.process_index == 0
+    make_writable(output_dir)
     if arguments.device.type == "cpu":
         give_freed_memory_back()
     say = print if is_main else lambda text: None
@@ -115,9 +120,18 @@ def run(config: RunConfig) -> None:
             tokenizer.save_pretrained(directory)
 
     def before_first_step() -> None:
-        some = prompts or read_prompts(config.data.train_file, 2)
-        try_generation(lambda: score(some[:2], os.devnull))
-        if prompts and checkpoint is None:
+        some = prompts[:2] or two_prompts(template, tokenizer)
+        scores = try_generation(lambda: score(some, os.devnull))
+        check_metric(arguments, ["loss", *(scores if trainer.score is not None else ())])
+        if is_main and (moved := set_aside(output_dir, checkpoint)) is not None:
+            say(f"the earlier run's checkpoints are in {moved} now; they are not of this run")
+        is_scored = checkpoint is not None and has_answers(output_dir / BASE_PREDICTIONS, prompts)
+        if prompts and not is_scored:
+            if checkpoint is not None and config.adapter.type == "full":
+                raise UserError(
+                    "the base must be scored before its weights change, but data.test_file has other rows than when "
+                    "the run began; change it back, or set data.test_file=null data.validation_file=null"
+                )
             say(f"scoring the untouched base on {len(prompts):,} rows")
             with disable_adapters(model):
                 score(prompts, BASE_PREDICTIONS)
@@ -183,6 +197,31 @@ def run(config: RunConfig) -> None:
         )
         report.write(output_dir)
         say(report.text())
+
+
+def make_writable(output_dir: Path) -> None:
+    """Make the directory of a run, before minutes go into loading.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise UserError(
+            "training.output_dir must be a directory that can be written to, got "
+            f"output_dir={str(output_dir)!r}: {error.strerror}; give another"
+        ) from error
+
+
+def two_prompts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Prompts of unequal length, for a run without any of its own."""
+    texts = "你好", "你好，你是谁？"
+    return [
+        Prompt(template.encode_prompt(tokenizer, [Message("user", text)]), text, "", text)
+        for text in texts
+    ]
 
 
 def give_freed_memory_back() -> None:
@@ -309,10 +348,24 @@ def early_stopping(arguments: RunArguments) -> list[EarlyStopping]:
     return [EarlyStopping(patience)]
 
 
-def try_generation(answer: Callable[[], Any]) -> None:
+def check_metric(arguments: RunArguments, measured: list[str]) -> None:
+    """Look before step 1 whether evaluations will measure what decides which checkpoint is best.
+
+    Raises:
+        UserError: They will not.
+    """
+    metric = arguments.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in measured:
+        raise UserError(
+            f"training.metric_for_best_model must be one of {', '.join(measured)}, got {metric!r}; scores of answers "
+            "take training.predict_with_generate=true"
+        )
+
+
+def try_generation(answer: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Generate once before step 1, so that a run never dies at its first evaluation hours later."""
     try:
-        answer()
+        return answer()
     except Exception as error:
         error.add_note("This was the trial generation on two rows; nothing is trained yet.")
         raise

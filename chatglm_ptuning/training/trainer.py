@@ -44,6 +44,19 @@ class LossError(UserError):
 
 
 @contextmanager
+def settings_to_blame() -> Iterator[None]:
+    """Within it, what transformers refuses is the user's error.
+
+    Raises:
+        UserError: It did.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise UserError(f"section training: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
 def logits_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """Within it, the model's logits are [N, vocab]: those of the chosen positions, row by row.
 
@@ -85,7 +98,8 @@ class AdapterTrainer(Trainer):
         score: Callable[[], dict[str, float]] | None = None,
         **trainer_args: Any,
     ) -> None:
-        super().__init__(**trainer_args)
+        with settings_to_blame():
+            super().__init__(**trainer_args)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress())
@@ -104,10 +118,19 @@ class AdapterTrainer(Trainer):
         """As transformers makes it, but a streamed data set shares its rows among the processes itself.
 
         Else one process would read and encode for all, and its batches would have to be of one length.
+
+        Raises:
+            UserError: There is not one batch.
         """
         dataset = self.train_dataset
         if not isinstance(dataset, StreamingDataset):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            if not len(loader):
+                raise UserError(
+                    f"training.dataloader_drop_last=true must leave a batch, got {len(dataset)} rows in batches of "
+                    f"{self._train_batch_size}; leave it out"
+                )
+            return loader
         dataset.rank, dataset.world_size = self.args.process_index, self.args.world_size
         loader = DataLoader(
             dataset,
@@ -141,11 +164,12 @@ class AdapterTrainer(Trainer):
         """As transformers does, or peft's for LoRA+ (Hayou et al. 2024).
 
         Raises:
-            UserError: LoRA+ is asked for where there is no LoRA.
+            UserError: Settings that make no optimizer, or LoRA+ is asked for where there is no LoRA.
         """
         ratio = self.args.loraplus_lr_ratio
         if ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+            with settings_to_blame():
+                return super().create_optimizer(model)
         if not any(".lora_B." in name for name, _ in self.model.named_parameters()):
             raise UserError(
                 f"training.loraplus_lr_ratio must come with adapter.type=lora, got loraplus_lr_ratio={ratio!r}; "
@@ -162,6 +186,15 @@ class AdapterTrainer(Trainer):
         groups[:] = [group for group in groups if group["params"]]  # DeepSpeed takes no empty one
         self.optimizer = optimizer
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """As transformers does.
+
+        Raises:
+            UserError: Settings that make no schedule.
+        """
+        with settings_to_blame():
+            return super().create_scheduler(*args, **kwargs)
 
     def compute_loss(
         self,

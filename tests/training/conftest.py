@@ -1,4 +1,6 @@
+import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ import pytest
 import torch
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
+from chatglm_ptuning import cli
 from chatglm_ptuning.data.collator import Collator
 from chatglm_ptuning.data.dataset import TokenDataset
 from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
@@ -94,3 +97,78 @@ def train(tmp_path: Path) -> Callable[..., AdapterTrainer]:
         return trainer
 
     return run
+
+
+Command = Callable[..., int]
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+COLOURS = ["红色", "蓝色", "白色", "黑色", "绿色", "黄色"]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random ChatGLM-6B in a directory, with a tokenizer."""
+    directory = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = ChatGLMConfig(
+        vocab_size=2352,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        bos_token_id=2004,
+        eos_token_id=2005,
+        mask_token_id=2000,
+        gmask_token_id=2001,
+        tie_word_embeddings=False,
+    )
+    ChatGLMForConditionalGeneration(config).save_pretrained(directory)
+    for file in (GOLDEN / "tokenizer_v1").iterdir():
+        shutil.copy(file, directory)
+    return directory
+
+
+@pytest.fixture
+def command(base: Path, tmp_path: Path) -> Command:
+    """The command on six rows and three steps; more overrides come after."""
+    lines = [
+        json.dumps(
+            {"content": f"颜色#{colour}", "summary": f"这件是{colour}的。"}, ensure_ascii=False
+        )
+        for colour in COLOURS
+    ]
+    (tmp_path / "rows.json").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(
+        f"""
+        model: {{path: {base}, dtype: float32}}
+        data:
+          train_file: {tmp_path / "rows.json"}
+          validation_file: {tmp_path / "rows.json"}
+          test_file: {tmp_path / "rows.json"}
+        adapter: {{type: ptuning_v2, num_virtual_tokens: 4}}
+        training:
+          output_dir: {tmp_path / "out"}
+          max_steps: 4
+          per_device_train_batch_size: 2
+          learning_rate: 1e-2
+          logging_steps: 1
+          save_steps: 2
+          use_cpu: true
+        generation: {{max_new_tokens: 4}}
+        """,
+        encoding="utf-8",
+    )
+
+    def run(*overrides: str) -> int:
+        return cli.main(["train", "--config", str(tmp_path / "run.yaml"), *overrides])
+
+    return run
+
+
+def losses(directory: Path) -> dict[int, float]:
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def adapter_is(tmp_path: Path, content: str) -> None:
+    """Train another adapter than the config's."""
+    file = tmp_path / "run.yaml"
+    file.write_text(file.read_text().replace("type: ptuning_v2, num_virtual_tokens: 4", content))

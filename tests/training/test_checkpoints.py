@@ -98,12 +98,20 @@ def test_publishing_replaces_a_damaged_one(tmp_path: Path) -> None:
 
 
 def test_earlier_run_is_set_aside(tmp_path: Path) -> None:
-    assert set_aside(tmp_path) is None
+    assert set_aside(tmp_path, None) is None
     for run in range(2):
         make_checkpoint(tmp_path / f"checkpoint-{run}")
-        assert set_aside(tmp_path) == tmp_path / "earlier"
+        assert set_aside(tmp_path, None) == tmp_path / "earlier"
         assert checkpoints(tmp_path) == []
         assert checkpoints(tmp_path / "earlier") == [tmp_path / "earlier" / f"checkpoint-{run}"]
+
+
+def test_what_is_newer_than_the_resumed_one_is_set_aside(tmp_path: Path) -> None:
+    for step in (2, 10, 9, 30):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    assert set_aside(tmp_path, tmp_path / "checkpoint-9") == tmp_path / "earlier"
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-2"]
+    assert set_aside(tmp_path, tmp_path / "checkpoint-9") is None
 
 
 def test_training_writes_whole_checkpoints_and_keeps_the_limit(

@@ -1,9 +1,7 @@
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,85 +13,16 @@ from transformers import PreTrainedModel
 
 from chatglm_ptuning import cli
 from chatglm_ptuning.config import RunConfig
-from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.models.loading import load_base_model
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training import run as workflow
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-COLOURS = ["红色", "蓝色", "白色", "黑色", "绿色", "黄色"]
-
-Command = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random ChatGLM-6B in a directory, with a tokenizer."""
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = ChatGLMConfig(
-        vocab_size=2352,
-        hidden_size=32,
-        num_layers=2,
-        num_attention_heads=4,
-        bos_token_id=2004,
-        eos_token_id=2005,
-        mask_token_id=2000,
-        gmask_token_id=2001,
-        tie_word_embeddings=False,
-    )
-    ChatGLMForConditionalGeneration(config).save_pretrained(directory)
-    for file in (GOLDEN / "tokenizer_v1").iterdir():
-        shutil.copy(file, directory)
-    return directory
-
-
-@pytest.fixture
-def train(base: Path, tmp_path: Path) -> Command:
-    """The command on six rows and three steps; more overrides come after."""
-    lines = [
-        json.dumps(
-            {"content": f"颜色#{colour}", "summary": f"这件是{colour}的。"}, ensure_ascii=False
-        )
-        for colour in COLOURS
-    ]
-    (tmp_path / "rows.json").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "run.yaml").write_text(
-        f"""
-        model: {{path: {base}, dtype: float32}}
-        data:
-          train_file: {tmp_path / "rows.json"}
-          validation_file: {tmp_path / "rows.json"}
-          test_file: {tmp_path / "rows.json"}
-        adapter: {{type: ptuning_v2, num_virtual_tokens: 4}}
-        training:
-          output_dir: {tmp_path / "out"}
-          max_steps: 4
-          per_device_train_batch_size: 2
-          learning_rate: 1e-2
-          logging_steps: 1
-          save_steps: 2
-          use_cpu: true
-        generation: {{max_new_tokens: 4}}
-        """,
-        encoding="utf-8",
-    )
-
-    def command(*overrides: str) -> int:
-        return cli.main(["train", "--config", str(tmp_path / "run.yaml"), *overrides])
-
-    return command
-
-
-def losses(directory: Path) -> dict[int, float]:
-    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+from tests.training.conftest import COLOURS, Command, adapter_is, losses
 
 
 def test_a_run_writes_and_says_all_of_it(
-    train: Command, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train() == 0
+    assert command() == 0
     out = tmp_path / "out"
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores) == {"base", "tuned"}
@@ -127,15 +56,15 @@ def test_a_run_writes_and_says_all_of_it(
 
 
 def test_a_run_too_short_for_a_log_is_reported(
-    train: Command, capsys: pytest.CaptureFixture[str]
+    command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("max_steps=1", "logging_steps=5", "save_strategy=no")
-    assert train(*(f"training.{setting}" for setting in settings)) == 0
+    assert command(*(f"training.{setting}" for setting in settings)) == 0
     assert "1 steps, training loss " in capsys.readouterr().out
 
 
 def test_base_weights_stay_as_they_are(
-    train: Command, base: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models: list[PreTrainedModel] = []
 
@@ -144,7 +73,7 @@ def test_base_weights_stay_as_they_are(
         return models[-1]
 
     monkeypatch.setattr(workflow, "load_base_model", load)
-    assert train("training.weight_decay=0.1") == 0
+    assert command("training.weight_decay=0.1") == 0
     trained = dict(models[0].named_parameters())
     untouched = dict(load_base_model(base, "float32").named_parameters())
     for name, parameter in untouched.items():
@@ -152,90 +81,10 @@ def test_base_weights_stay_as_they_are(
     assert len(trained) == 1  # the prefix
 
 
-def adapter_is(tmp_path: Path, content: str) -> None:
-    """Train another adapter than the config's."""
-    file = tmp_path / "run.yaml"
-    file.write_text(file.read_text().replace("type: ptuning_v2, num_virtual_tokens: 4", content))
-
-
-@pytest.mark.parametrize(
-    ("adapter", "overrides"),
-    [
-        ("type: ptuning_v2, num_virtual_tokens: 4, prefix_dropout: 0.3", []),
-        ("type: ptuning_v2, num_virtual_tokens: 4", ["data.streaming=true"]),
-        ("type: lora, r: 4, lora_dropout: 0.3", ["data.packing=true"]),
-        ("type: lora, r: 4, lora_dropout: 0.3", ["training.loraplus_lr_ratio=16"]),
-    ],
-)
-def test_resuming_equals_not_stopping(
-    adapter: str,
-    overrides: list[str],
-    train: Command,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    adapter_is(tmp_path, adapter)
-    out = tmp_path / "out"
-    assert train(*overrides) == 0
-    whole, weights = losses(out), load_file(out / "adapter_model.safetensors")
-    assert list(whole) == [1, 2, 3, 4]
-    checkpoint = out / "checkpoint-2"
-    assert (checkpoint / "adapter_model.safetensors").exists()
-    assert (checkpoint / "run_config.yaml").exists()
-    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 50_000  # no base in it
-    shutil.rmtree(out / "checkpoint-4")
-    assert train("training.resume_from_checkpoint=true", *overrides) == 0
-    assert f"going on from {checkpoint}" in capsys.readouterr().out
-    assert losses(out) == whole
-    for name, tensor in load_file(out / "adapter_model.safetensors").items():
-        assert_close(tensor, weights[name], atol=0, rtol=0)
-
-
-def test_resuming_without_a_checkpoint_starts(
-    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train("training.resume_from_checkpoint=true", "training.max_steps=1") == 0
-    assert f"no checkpoint in {tmp_path / 'out'} yet: starting at step 0" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["adapter.num_virtual_tokens=8", "data.max_source_length=32", "model.dtype=bfloat16"],
-)
-def test_another_run_is_not_resumed(
-    override: str, train: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train("training.max_steps=2") == 0
-    assert train("training.resume_from_checkpoint=true", override) == 1
-    name = override.split("=")[0]
-    error = capsys.readouterr().err
-    assert f"a resumed run must have the settings of its checkpoint, got {name}=" in error
-
-
-def test_a_run_can_be_made_longer(
-    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train("training.max_steps=2") == 0
-    assert train("training.resume_from_checkpoint=true", "data.test_file=null") == 0
-    assert "note: training.max_steps is 4 now and was 2 when" in capsys.readouterr().out
-    assert list(losses(tmp_path / "out")) == [1, 2, 3, 4]
-
-
-def test_a_new_run_moves_the_earlier_checkpoints(
-    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train() == 0
-    assert train("training.max_steps=2") == 0
-    assert "the earlier run's checkpoints are in" in capsys.readouterr().out
-    out = tmp_path / "out"
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert (out / "earlier" / "checkpoint-4").is_dir()
-
-
-def test_every_weight_can_be_trained(train: Command, tmp_path: Path, base: Path) -> None:
+def test_every_weight_can_be_trained(command: Command, tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out"
     adapter_is(tmp_path, "type: full")
-    assert train() == 0
+    assert command() == 0
     tuned, untouched = load_base_model(out, "float32"), load_base_model(base, "float32")
     moved = {
         name
@@ -246,7 +95,7 @@ def test_every_weight_can_be_trained(train: Command, tmp_path: Path, base: Path)
     assert (out / "ice_text.model").exists()
 
 
-def test_best_checkpoint_is_kept_and_a_stalled_run_ends(train: Command, tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_and_a_stalled_run_ends(command: Command, tmp_path: Path) -> None:
     settings = {
         "max_steps": 30,
         "learning_rate": 0,
@@ -258,7 +107,7 @@ def test_best_checkpoint_is_kept_and_a_stalled_run_ends(train: Command, tmp_path
         "predict_with_generate": "true",
         "metric_for_best_model": "rouge-l",
     }
-    assert train(*(f"training.{name}={value}" for name, value in settings.items())) == 0
+    assert command(*(f"training.{name}={value}" for name, value in settings.items())) == 0
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-1")
     assert max(losses(tmp_path / "out")) == 3
@@ -288,36 +137,51 @@ def test_best_checkpoint_is_kept_and_a_stalled_run_ends(train: Command, tmp_path
             "the loss must be a number, got nan at step 2; lower training.learning_rate",
         ),
         ("adapter.num_virtual_tokens=0", "num_virtual_tokens must be at least 1, got 0"),
+        (
+            "training.per_device_train_batch_size=0",
+            "training.per_device_train_batch_size must be at least 1, got 0",
+        ),
+        (
+            "training.train_sampling_strategy=by_length",
+            "must be one of random, sequential, group_by_length",
+        ),
+        ("training.report_to=nowhere", "section training: nowhere is not supported, only"),
+        ("training.optim_args=x", "section training: not enough values to unpack"),
+        ("training.lr_scheduler_kwargs.x=1", "got an unexpected keyword argument 'x'"),
+        (
+            "training.metric_for_best_model=rouge-l",
+            "must be one of loss, got 'rouge-l'; scores of answers take",
+        ),
     ],
 )
 def test_one_sentence_where_the_user_is_wrong(
-    override: str, message: str, train: Command, capsys: pytest.CaptureFixture[str]
+    override: str, message: str, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(override) == 1
+    assert command(override) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
 
 
 def test_a_broken_line_is_named(
-    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with (tmp_path / "rows.json").open("a", encoding="utf-8") as stream:
         stream.write('\n{"content": "颜色')
-    assert train() == 1
+    assert command() == 1
     assert f"error: {tmp_path / 'rows.json'}:7: " in capsys.readouterr().err
 
 
 def test_full_training_refuses_half_precision_weights(
-    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter_is(tmp_path, "type: full")
-    assert train("model.dtype=bfloat16") == 1
+    assert command("model.dtype=bfloat16") == 1
     assert "model.dtype must be auto or float32" in capsys.readouterr().err
 
 
 def test_lost_run_names_the_last_good_checkpoint(
-    train: Command,
+    command: Command,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -329,7 +193,7 @@ def test_lost_run_names_the_last_good_checkpoint(
         return loss * float("nan") if self.state.global_step == 3 else loss
 
     monkeypatch.setattr(workflow.AdapterTrainer, "compute_loss", spoiled)
-    assert train() == 1
+    assert command() == 1
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]
@@ -338,14 +202,14 @@ def test_lost_run_names_the_last_good_checkpoint(
 
 
 def test_generation_is_tried_before_the_first_step(
-    train: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no kernel for this")
 
     monkeypatch.setattr(ChatGLMForConditionalGeneration, "generate", fail)
     with pytest.raises(RuntimeError, match="no kernel for this") as caught:
-        train()
+        command()
     assert caught.value.__notes__ == [
         "This was the trial generation on two rows; nothing is trained yet."
     ]
@@ -353,20 +217,20 @@ def test_generation_is_tried_before_the_first_step(
 
 
 def test_learning_rate_has_a_default_that_is_said(
-    train: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(file.read_text().replace("learning_rate: 1e-2", "seed: 1"))
-    assert train("training.lr_scheduler_type=constant", "data.test_file=null") == 0
+    assert command("training.lr_scheduler_type=constant", "data.test_file=null") == 0
     assert "training.learning_rate is 0.02, the default of ptuning_v2\n" in capsys.readouterr().out
     rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
     assert {row["learning_rate"] for row in rows if "loss" in row} == {0.02}
     assert RunConfig.load(tmp_path / "out" / "run_config.yaml").training["learning_rate"] == 0.02
 
 
-def test_last_layers_alone_are_trained(train: Command, tmp_path: Path, base: Path) -> None:
+def test_last_layers_alone_are_trained(command: Command, tmp_path: Path, base: Path) -> None:
     adapter_is(tmp_path, "type: full, train_last_layers: 1")
-    assert train("data.test_file=null", "data.validation_file=null") == 0
+    assert command("data.test_file=null", "data.validation_file=null") == 0
     tuned = load_base_model(tmp_path / "out", "float32")
     untouched = load_base_model(base, "float32")
     moved = {
@@ -380,13 +244,13 @@ def test_last_layers_alone_are_trained(train: Command, tmp_path: Path, base: Pat
 
 
 def test_batch_over_the_memory_is_one_sentence(
-    train: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(workflow.AdapterTrainer, "compute_loss", fail)
-    assert train("data.test_file=null", "data.validation_file=null") == 1
+    assert command("data.test_file=null", "data.validation_file=null") == 1
     assert (
         "error: training.per_device_train_batch_size must fit in the memory of cpu, got "
         "per_device_train_batch_size=2; lower it and raise training.gradient_accumulation_steps"
@@ -394,14 +258,14 @@ def test_batch_over_the_memory_is_one_sentence(
 
 
 def test_collapsed_answers_are_told(
-    train: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generate(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         end = torch.full((input_ids.shape[0], 1), self.generation_config.eos_token_id[0])
         return torch.cat([input_ids, end], dim=1)
 
     monkeypatch.setattr(ChatGLMForConditionalGeneration, "generate", generate)
-    assert train("training.predict_with_generate=true", "training.eval_strategy=steps") == 0
+    assert command("training.predict_with_generate=true", "training.eval_strategy=steps") == 0
     text = capsys.readouterr().out
     # at step 4 and at the end; not of the base
     assert (
@@ -410,42 +274,44 @@ def test_collapsed_answers_are_told(
     )
 
 
-def test_lora_plus_needs_lora(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("training.loraplus_lr_ratio=16") == 1
+def test_lora_plus_needs_lora(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("training.loraplus_lr_ratio=16") == 1
     assert "must come with adapter.type=lora, got loraplus_lr_ratio=16" in capsys.readouterr().err
 
 
-def test_tensorboard_files_are_in_the_run(train: Command, tmp_path: Path) -> None:
-    assert train("training.report_to=tensorboard", "data.test_file=null") == 0
+def test_tensorboard_files_are_in_the_run(command: Command, tmp_path: Path) -> None:
+    assert command("training.report_to=tensorboard", "data.test_file=null") == 0
     (events,) = (tmp_path / "out" / "runs").rglob("events.out.tfevents.*")
     assert events.stat().st_size > 500
 
 
-def test_a_stream_is_counted_at_its_end(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("data.streaming=true", "training.max_steps=-1") == 1
+def test_a_stream_is_counted_at_its_end(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("data.streaming=true", "training.max_steps=-1") == 1
     assert "data.streaming must come with training.max_steps, got" in capsys.readouterr().err
-    assert train("data.streaming=true", "data.test_file=null", "data.validation_file=null") == 0
+    assert command("data.streaming=true", "data.test_file=null", "data.validation_file=null") == 0
     first, *rest = [x for x in capsys.readouterr().out.splitlines() if x.startswith("train: ")]
     assert first == "train: streamed, so its rows are checked and counted as they are read"
     assert [line.split(" ")[1:3] for line in rest] in ([["8", "of"]], [["10", "of"]])
 
 
-def test_cut_rows_come_with_advice(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cut_rows_come_with_advice(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     limits = "data.max_source_length=8 data.max_target_length=4"
     short = ["data.test_file=null", "data.validation_file=null", "training.max_steps=1"]
-    assert train(*limits.split(), *short) == 0
+    assert command(*limits.split(), *short) == 0
     text = capsys.readouterr().out
     assert "  answer cut to data.max_target_length=4: 6 rows (100.0%)" in text
     assert "  99 % of the rows would fit whole into data.max_source_length=" in text
     assert f"--template chatglm {limits}\n" in text
 
 
-def test_cached_data_train_alike(train: Command, tmp_path: Path) -> None:
+def test_cached_data_train_alike(command: Command, tmp_path: Path) -> None:
     short = ["data.test_file=null", "data.validation_file=null"]
-    assert train(*short) == 0
+    assert command(*short) == 0
     expected = losses(tmp_path / "out")
     for _ in range(2):
-        assert train(*short, f"data.cache_dir={tmp_path / 'cache'}") == 0
+        assert command(*short, f"data.cache_dir={tmp_path / 'cache'}") == 0
         assert losses(tmp_path / "out") == expected
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -470,3 +336,34 @@ print(resident() - before)
 def test_freed_memory_goes_back() -> None:
     kept = float(subprocess.check_output([sys.executable, "-c", HOLES], text=True))
     assert kept < 50  # MiB, of 400 in 100 blocks of which one is in use
+
+
+def test_unusable_first_rows_do_not_end_a_run(command: Command, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    long = json.dumps({"content": "很长" * 200, "summary": "是。"}, ensure_ascii=False)
+    rows.write_text(f"{long}\n{long}\n{rows.read_text(encoding='utf-8')}", encoding="utf-8")
+    limits = ["data.truncation=drop", "data.max_source_length=64"]
+    assert command(*limits, "data.test_file=null", "data.validation_file=null") == 0
+
+
+def test_a_batch_must_be_full_somewhere(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("dataloader_drop_last=true", "per_device_train_batch_size=7")
+    assert command(*(f"training.{setting}" for setting in settings)) == 1
+    assert "must leave a batch, got 6 rows in batches of 7" in capsys.readouterr().err
+
+
+def test_home_is_known(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command("training.output_dir=~/my run", "data.test_file=[~/rows.json]") == 0
+    assert (tmp_path / "my run" / "report.md").exists()
+
+
+@pytest.mark.parametrize("place", ["rows.json", "rows.json/out"])
+def test_a_run_needs_a_directory_to_write_to(
+    place: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(f"training.output_dir={tmp_path / place}") == 1
+    error = capsys.readouterr().err
+    assert "error: training.output_dir must be a directory that can be written to, got " in error
