@@ -34,6 +34,7 @@ from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.models.positions_chatglm import make_mask, make_position_ids
 
@@ -415,7 +416,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         Returns:
             Keyword arguments of `forward`.
+
+        Raises:
+            UserError: The ids of the cached tokens are missing, or the prompt comes in pieces.
         """
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if next_sequence_length is None and past:
+            raise UserError(
+                f"input_ids must be the whole sequence, got {input_ids.shape[1]} tokens to follow {past} of a cache;"
+                " give those too, and leave prefill_chunk_size out: every token of the context sees all of it"
+            )
         position_ids = self.transformer.get_position_ids(input_ids, attention_mask)
         new = slice(None) if next_sequence_length is None else slice(-next_sequence_length, None)
         return {

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import DynamicCache
 
+from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
 
@@ -93,6 +94,18 @@ def test_prompt_in_two_pieces_gives_the_logits_of_one(model, tensors):
             past_key_values=cache,
         ).logits
     assert_close(rest, whole[:, length:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", PROMPTS)
+def test_prompt_in_pieces_is_refused(model, tensors, batch):
+    """A context seen in both directions cannot be run piece by piece, nor numbered without its beginning."""
+    inputs = prompt(tensors, batch)
+    with pytest.raises(UserError, match="input_ids must be the whole sequence, got 3 tokens"):
+        new_tokens(model, inputs, prefill_chunk_size=3)
+    first = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    inputs = {"input_ids": first.sequences[:, -1:], "attention_mask": first.sequences * 0 + 1}
+    with pytest.raises(UserError, match="input_ids must be the whole sequence, got 1 tokens"):
+        new_tokens(model, inputs, past_key_values=first.past_key_values)
 
 
 def test_beams_of_a_batch_are_those_of_each_row_alone_with_and_without_cache(model, tensors):
