@@ -53,6 +53,7 @@ def cached_dataset(
     Raises:
         UserError: A data set on the hub, whose content is not known before it is read; or no directory can be made.
     """
+    directory = os.path.expanduser(directory)
     folder = Path(directory, cache_key(paths, template, tokenizer, config, split))
     if not (folder / _REPORT).is_file():
         try:

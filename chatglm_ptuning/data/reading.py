@@ -5,6 +5,7 @@ sets on the Hugging Face hub as "hf:owner/name". Nothing is dropped in silence: 
 """
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ def data_files(paths: str | Sequence[str]) -> list[str]:
     """
     files: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
+        path = os.path.expanduser(path)
         if path.startswith(HUB) or Path(path).is_file():
             files.append(path)
         elif Path(path).is_dir():

@@ -59,7 +59,7 @@ def generate_predictions(
         total=len(prompts),
         initial=len(answered),
         desc="answers",
-        unit="row",
+        unit=" rows",
         disable=not is_kept,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: few lines in a log
     )

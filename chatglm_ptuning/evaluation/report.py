@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from chatglm_ptuning.data.report import plural
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.evaluate import score_predictions
 from chatglm_ptuning.evaluation.predictions import Prediction, read_predictions
@@ -40,7 +41,7 @@ def score_table(scored: Mapping[str, Scored]) -> list[str]:
     """A column for each of "base" and "tuned", and their difference where both are there."""
     first = next(iter(scored.values()))
     both = len(scored) == 2
-    lines = [f"{len(first.rows):,} rows, scores 0-100"]
+    lines = [f"{plural(len(first.rows), 'row')}, scores 0-100"]
     lines.append(f"{'':<10}" + "".join(f"{name:>8}" for name in scored) + "   change" * both)
     for metric in first.scores:
         values = [column.scores[metric] for column in scored.values()]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from chatglm_ptuning.config import RUN_CONFIG_FILE, RunConfig
 from chatglm_ptuning.data.dataset import encode_prompts, load_conversations
+from chatglm_ptuning.data.report import plural
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.evaluate import evaluate
 from chatglm_ptuning.evaluation.report import (
@@ -62,7 +63,7 @@ def evaluate_directory(path: Path, overrides: Sequence[str], resume: bool) -> No
     directory.mkdir(exist_ok=True)
 
     def answer(model: PreTrainedModel, name: str, file: str) -> None:
-        print(f"scoring the {name} model on {len(prompts):,} rows", flush=True)
+        print(f"scoring the {name} model on {plural(len(prompts), 'row')}", flush=True)
         evaluate(model, tokenizer, template, prompts, config.generation, directory / file, resume)
 
     def load(source: str | Path) -> PreTrainedModel:

@@ -46,7 +46,7 @@ class Progress(TrainerCallback):
         """Start the clock; a resumed run counts from where it goes on."""
         self.started, self.first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps")
 
     def on_step_end(
         self, args: RunArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,12 +65,12 @@ class Progress(TrainerCallback):
     ) -> None:
         """Say how it goes."""
         numbers = "   ".join(
-            f"{name} {value:.4g}" for name, value in logs.items() if is_shown(name)
+            f"{name} {value:<7.4g}" for name, value in logs.items() if is_shown(name)
         )
         if not (state.is_world_process_zero and numbers):
             return
         if "tokens_per_second" in logs:
-            numbers += f"   {logs['tokens_per_second']:,.0f} tokens/s"
+            numbers += f"   {logs['tokens_per_second']:>6,.0f} tokens/s"
         if self.bar is not None:
             self.bar.set_postfix_str(numbers)
             return
@@ -78,10 +78,8 @@ class Progress(TrainerCallback):
         left = (
             (time.monotonic() - self.started) * (state.max_steps - state.global_step) / max(done, 1)
         )
-        print(
-            f"step {state.global_step}/{state.max_steps}   {numbers}   {duration(left)} left",
-            flush=True,
-        )
+        step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        print(f"step {step}   {numbers}   {duration(left)} left", flush=True)
 
     def on_train_end(
         self, args: RunArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

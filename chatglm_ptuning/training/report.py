@@ -2,6 +2,8 @@
 
 import os
 import resource
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from chatglm_ptuning.config import PROJECT, RunConfig
+from chatglm_ptuning.data.report import plural
 from chatglm_ptuning.evaluation.report import (
     REPORT_FILE,
     Scored,
@@ -72,21 +75,32 @@ class RunReport:
     def outcome(self) -> list[str]:
         """Steps, loss, time, memory, files."""
         return [
-            f"{self.steps:,} steps, training loss {self.loss:.4f}, {duration(self.seconds)}, {peak_memory()}",
+            f"{plural(self.steps, 'step')}, training loss {self.loss:.4f}, {duration(self.seconds)}, {peak_memory()}",
             f"written to {self.config.output_dir}: "
             + ", ".join(sorted(p.name for p in self.config.output_dir.iterdir() if p.is_file())),
         ]
 
     def next_steps(self) -> list[str]:
-        """Commands to type next."""
+        """Commands to type next; before them the one after which `python` is this run's, where it is another."""
         option = "--model" if self.config.adapter.type == "full" else "--prefix"
-        where = self.config.output_dir
-        return [
-            "chat with it:    "
-            + f"python {os.path.relpath(PROJECT / 'web_demo.py')} {option} {where}",
-            "score it again:  "
-            + f"bash {os.path.relpath(PROJECT / 'scripts/evaluate.sh')} {where}",
+        where = shlex.quote(str(self.config.output_dir))
+        score = f"bash {from_here(PROJECT / 'scripts' / 'evaluate.sh')} {where}"
+        lines = [
+            f"chat with it:    python {from_here(PROJECT / 'web_demo.py')} {option} {where}",
+            f"score it again:  {score}"
+            if self.scored
+            else f"score it:        {score} data.test_file=FILE",
         ]
+        found = shutil.which("python")
+        if found is None or Path(found).parent != Path(sys.executable).parent:
+            activate = from_here(Path(sys.prefix, "bin", "activate"))
+            lines.insert(0, f"once a shell:    source {activate}")
+        return lines
+
+
+def from_here(path: Path) -> str:
+    """A path from the current directory, as a shell takes it."""
+    return shlex.quote(os.path.relpath(path))
 
 
 def trained_share(model: nn.Module, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from chatglm_ptuning.config import RunConfig
 from chatglm_ptuning.data.collator import Collator
 from chatglm_ptuning.data.conversation import Message
 from chatglm_ptuning.data.dataset import Prompt, encode_prompts, load_conversations
-from chatglm_ptuning.data.report import DataReport
+from chatglm_ptuning.data.report import DataReport, plural
 from chatglm_ptuning.data.splits import build_dataset, split_paths
 from chatglm_ptuning.data.template import Template
 from chatglm_ptuning.data.template_choice import choose_template
@@ -132,7 +133,7 @@ def run(config: RunConfig) -> None:
                     "the base must be scored before its weights change, but data.test_file has other rows than when "
                     "the run began; change it back, or set data.test_file=null data.validation_file=null"
                 )
-            say(f"scoring the untouched base on {len(prompts):,} rows")
+            say(f"scoring the untouched base on {plural(len(prompts), 'row')}")
             with disable_adapters(model):
                 score(prompts, BASE_PREDICTIONS)
         set_seed(arguments.seed)  # whatever scoring drew
@@ -183,7 +184,7 @@ def run(config: RunConfig) -> None:
         return
     trainer.save_model(str(output_dir))
     if prompts:
-        say(f"scoring the tuned model on {len(prompts):,} rows")
+        say(f"scoring the tuned model on {plural(len(prompts), 'row')}")
         score_tuned(prompts, PREDICTIONS)
     if is_main:
         files = {"base": BASE_PREDICTIONS, "tuned": PREDICTIONS} if prompts else {}
@@ -241,10 +242,17 @@ def rows_line(split: str, account: DataReport, config: RunConfig) -> str:
     limits = config.data.max_source_length, config.data.max_target_length
     lines = [f"{split}: {account}"]
     if (advice := account.advice(*limits)) is not None:
-        command = ["python -m chatglm_ptuning data check", *split_paths(config.data, split)]
-        command += [f"--model {config.model.path} --template {config.model.template}"]
-        command += [f"data.max_source_length={limits[0]} data.max_target_length={limits[1]}"]
-        lines += [f"  {advice}", f"  row by row, with all lengths: {' '.join(command)}"]
+        command = [
+            "python",
+            "-m",
+            "chatglm_ptuning",
+            "data",
+            "check",
+            *split_paths(config.data, split),
+        ]
+        command += ["--model", config.model.path, "--template", str(config.model.template)]
+        command += [f"data.max_source_length={limits[0]}", f"data.max_target_length={limits[1]}"]
+        lines += [f"  {advice}", f"  row by row, with all lengths: {shlex.join(command)}"]
     return "\n".join(lines)
 
 

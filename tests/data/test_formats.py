@@ -296,7 +296,7 @@ def test_gbk_csv_is_read_when_asked_for(tmp_path):
     ]
 
 
-def test_a_folder_stands_for_its_data_files(tmp_path):
+def test_a_folder_stands_for_its_data_files(tmp_path, monkeypatch):
     for name in ("b.jsonl", "a.csv.gz", "notes.txt"):
         (tmp_path / name).write_text("")
     assert data_files(str(tmp_path)) == [str(tmp_path / "a.csv.gz"), str(tmp_path / "b.jsonl")]
@@ -305,6 +305,8 @@ def test_a_folder_stands_for_its_data_files(tmp_path):
         "hf:owner/name",
     ]
     (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_files("~/b.jsonl") == [str(tmp_path / "b.jsonl")]
     (tmp_path / "folder.json").mkdir()
     assert len(data_files(str(tmp_path))) == 2
     with pytest.raises(UserError, match="a data folder must hold"):

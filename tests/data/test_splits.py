@@ -183,7 +183,8 @@ def test_a_stream_stops_at_a_broken_row(tmp_path):
 
 
 def test_a_cache_is_used_again_and_holds_the_same(tmp_path, monkeypatch):
-    settings = {"train_file": write(tmp_path, range(20)), "cache_dir": str(tmp_path / "cache")}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {"train_file": write(tmp_path, range(20)), "cache_dir": "~/cache"}
     plain, plain_report = build(train_file=settings["train_file"])
     first, first_report = build(**settings)
     monkeypatch.setattr(cache, "encode_into", lambda *args: pytest.fail("encoded again"))

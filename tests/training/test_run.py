@@ -60,7 +60,7 @@ def test_a_run_too_short_for_a_log_is_reported(
 ) -> None:
     settings = ("max_steps=1", "logging_steps=5", "save_strategy=no")
     assert command(*(f"training.{setting}" for setting in settings)) == 0
-    assert "1 steps, training loss " in capsys.readouterr().out
+    assert "1 step, training loss " in capsys.readouterr().out
 
 
 def test_base_weights_stay_as_they_are(
