@@ -23,18 +23,18 @@ def merge_adapter(model: PreTrainedModel, name: str = "default") -> None:
     """Add a LoRA-like adapter to the weights of the base for good, and take it off.
 
     Raises:
-        UserError: There is no such adapter, it cannot be merged, or the base is quantised.
+        UserError: There is no such adapter, it cannot be merged, or the base is quantised; nothing is merged then.
     """
     layers = mergeable_layers(model, name)
     untie(model, name)
     with lora.trainability_kept(model):
+        merge_layers([layer for layer in layers if not lora.is_copy(layer)], name)
         for layer in layers:
             if lora.is_copy(layer):
                 tuned = layer.modules_to_save[name].parameters()
                 for own, new in zip(layer.original_module.parameters(), tuned, strict=True):
                     own.data = new.data.to(own.dtype)
             else:
-                merge_layer(layer, name)
                 layer.merged_adapters.remove(name)
     delete_adapter(model, name)
 
@@ -53,8 +53,7 @@ def merged_adapter(model: PreTrainedModel, name: str = "default") -> Iterator[No
     active = active_adapters(model)
     set_adapter(model, name)
     try:
-        for layer in layers:
-            merge_layer(layer, name)
+        merge_layers(layers, name)
         yield
     finally:
         for layer in layers:
@@ -87,15 +86,19 @@ def mergeable_layers(model: PreTrainedModel, name: str) -> list[Any]:
     return layers
 
 
-def merge_layer(layer: Any, name: str) -> None:
-    """Merge one layer.
+def merge_layers(layers: Sequence[Any], name: str) -> None:
+    """Merge all layers, or none.
 
     Raises:
-        UserError: The sum holds NaN or infinity.
+        UserError: A sum holds NaN or infinity.
     """
     try:
-        layer.merge(safe_merge=True, adapter_names=[name])
+        for layer in layers:
+            layer.merge(safe_merge=True, adapter_names=[name])
     except ValueError as error:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
         raise UserError(
             f"merged weights must be finite, got others from adapter {name!r}; train it with a lower learning rate"
         ) from error

@@ -221,6 +221,15 @@ def test_half_base_beside_float32_adapter(family: str, method: str) -> None:
     assert whole.shape == (3, 10)
 
 
+def test_a_merge_that_fails_leaves_the_base_as_it_was() -> None:
+    model, _ = tuned("glm", "lora")
+    kind.parameters(model, "own")[-1].data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="merged weights must be finite"):
+        merge_adapter(model, "own")
+    delete_adapter(model, "own")
+    assert_close(logits(model), logits(MODELS["glm"]().eval()), atol=1e-5, rtol=0)
+
+
 def test_tied_head_is_separate_after_a_merge_into_it() -> None:
     model = MODELS["chatglm"]().eval()
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
