@@ -17,7 +17,6 @@ from chatglm_ptuning.models.loading import (
     read_json,
     shard_files,
 )
-from chatglm_ptuning.models.tokenization_chatglm2 import ChatGLM2Tokenizer
 from chatglm_ptuning.tensor_files import read_tensors
 from chatglm_ptuning.tuners import PrefixTuningConfig, export_peft_prefix, load_adapter
 from chatglm_ptuning.tuners.adapters import read_adapter
@@ -69,7 +68,8 @@ def export(source: Path, out: Path, layout: str, merge: bool = False, flatten: b
     if layout == "released":
         write_released(model, base, out)
     else:
-        write_native(model, base, out, saved_template(source))
+        write_native(model, base, out)
+    note_role_tokens(out, saved_template(source))
     size = sum(file.stat().st_size for pattern in WEIGHTS[:2] for file in out.glob(pattern))
     merged = f", {source} merged into it" if merge else ""
     return (
@@ -173,15 +173,19 @@ def write_released(model: PreTrainedModel, base: Path, out: Path) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_native(model: PreTrainedModel, base: Path, out: Path, template: str | None) -> None:
-    """Write a model as `save_pretrained` does, with its tokenizer.
-
-    ChatGLM3's role tokens, if the run or the files tell of them, are noted in tokenizer_config.json.
-    """
-    tokenizer = load_tokenizer(base)
-    if isinstance(tokenizer, ChatGLM2Tokenizer) and template is not None:
-        tokenizer = ChatGLM2Tokenizer.from_pretrained(base, role_tokens=template == "chatglm3")
+def write_native(model: PreTrainedModel, base: Path, out: Path) -> None:
+    """Write a model as `save_pretrained` does, with its tokenizer."""
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    load_tokenizer(base).save_pretrained(out)
     if (base / "generation_config.json").is_file():
         shutil.copy2(base / "generation_config.json", out)
+
+
+def note_role_tokens(out: Path, template: str | None) -> None:
+    """Say in tokenizer_config.json which of ChatGLM2 and ChatGLM3 a run was on, whose vocabulary file is one."""
+    if template not in ("chatglm2", "chatglm3"):
+        return
+    file = out / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    settings["role_tokens"] = template == "chatglm3"
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -143,17 +143,21 @@ class TestMerge:
         assert not (tmp_path / "out").exists()
 
 
-def test_the_template_of_a_run_stays_with_the_native_model(checkpoint, tmp_path):
+@pytest.mark.parametrize("layout", ["released", "native"])
+@pytest.mark.parametrize("template", ["chatglm2", "chatglm3"])
+def test_the_template_of_a_run_stays_with_the_model(checkpoint, tmp_path, template, layout):
     """Nothing in the files tells ChatGLM2 from ChatGLM3; the run that trained the adapter did."""
     base = copy_of(checkpoint("chatglm2"), tmp_path / "base")
-    (base / "tokenizer_config.json").unlink()
+    (base / "tokenizer_config.json").write_text("{}")
+    (base / "tokenizer_config.json").chmod(0o444)  # as people protect a checkpoint
     model = load_model(base, "float32", "cpu")
     add_adapter(model, LoraConfig(r=1))
     save_adapter(model, tmp_path / "adapter")
-    RunConfig(model=ModelSection(template="chatglm2")).save(tmp_path / "adapter")
-    export(tmp_path / "adapter", tmp_path / "out", "native", merge=True)
+    RunConfig(model=ModelSection(template=template)).save(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "out", layout, merge=True)
     ids = load_tokenizer(tmp_path / "out").apply_chat_template(PROMPT)["input_ids"]
-    assert ids == load_tokenizer(base, "chatglm2").apply_chat_template(PROMPT)["input_ids"]
+    assert ids == load_tokenizer(base, template).apply_chat_template(PROMPT)["input_ids"]
+    assert all(file.stat().st_mode & 0o200 for file in (tmp_path / "out").glob("tokenizer*"))
 
 
 class TestPrefix:

@@ -328,7 +328,7 @@ def save_released(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in tokenizer_files:
-        shutil.copy2(file, directory)
+        shutil.copyfile(file, directory / Path(file).name)  # a read-only file would stay one
     tables = inverse_frequencies(model, model.dtype)
     names = released_names(plain) | {name: (name,) for name in tables}
     tensors = state | tables
