@@ -54,6 +54,10 @@ def fits(template: Template, tokenizer: Any) -> bool:
         index = tokenizer.convert_tokens_to_ids(token)
         return index is not None and index != tokenizer.unk_token_id
 
+    if not hasattr(tokenizer, "role_tokens") and has("<|user|>"):
+        own = getattr(tokenizer, "chat_template", None)
+        if isinstance(own, str) and "[gMASK]" not in own:
+            return False  # GLM-Edge: the tokens of GLM-4 in a format of its own
     speaks_roles = getattr(tokenizer, "role_tokens", has("<|user|>"))
     needs_roles = "<|user|>" in template.control_tokens
     return all(map(has, template.control_tokens)) and speaks_roles in (None, needs_roles)

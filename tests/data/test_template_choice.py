@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from chatglm_ptuning.data.template import TEMPLATES
@@ -32,6 +34,16 @@ def test_a_tokenizer_that_does_not_tell_leaves_the_choice(tmp_path):
         choose_template(None, tokenizer)
     for name in ("chatglm2", "chatglm3"):
         assert choose_template(name, tokenizer) is TEMPLATES[name]
+
+
+def test_glm_edge_with_the_tokens_of_glm_4_is_another_format():
+    tokenizer = copy.copy(TOKENIZERS["glm4"])
+    tokenizer.chat_template = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% endfor %}"
+    assert choose_template(None, tokenizer) is TEMPLATES["glm4"]
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n{% endfor %}"
+    for name in (None, *TEMPLATES):
+        with pytest.raises(UserError, match=r"model\.template must"):
+            choose_template(name, tokenizer)
 
 
 def test_an_unknown_name_gets_the_nearest():
