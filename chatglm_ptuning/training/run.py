@@ -32,10 +32,10 @@ from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
 from chatglm_ptuning.training.adalora import AdaLoraSteps
 from chatglm_ptuning.training.arguments import RunArguments, default_learning_rate, make_arguments
 from chatglm_ptuning.training.callbacks import BeforeFirstStep
-from chatglm_ptuning.training.checkpoints import find_checkpoint, set_aside
+from chatglm_ptuning.training.checkpoints import checkpoints, find_checkpoint, set_aside
 from chatglm_ptuning.training.freezing import train_last_layers
 from chatglm_ptuning.training.guard import EarlyStopping, collapse
-from chatglm_ptuning.training.interrupt import StopOnSigterm
+from chatglm_ptuning.training.interrupt import Terminated
 from chatglm_ptuning.training.report import RunReport, trained_share
 from chatglm_ptuning.training.resume import start_from_adapter, starting_point
 from chatglm_ptuning.training.trainer import AdapterTrainer, LossError
@@ -139,7 +139,6 @@ def run(config: RunConfig) -> None:
         set_seed(arguments.seed)  # whatever scoring drew
 
     ranks = [AdaLoraSteps(model, ADAPTER)] if config.adapter.type == "adalora" else []
-    stop = StopOnSigterm()
     trainer = AdapterTrainer(
         adapter_name=None if config.adapter.type == "full" else ADAPTER,
         describe=describe,
@@ -151,12 +150,16 @@ def run(config: RunConfig) -> None:
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[BeforeFirstStep(before_first_step), stop, *ranks, *early_stopping(arguments)],
+        callbacks=[BeforeFirstStep(before_first_step), *ranks, *early_stopping(arguments)],
     )
 
     # ---- train, score, report
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        if written := checkpoints(output_dir):
+            say(f"training.resume_from_checkpoint=true goes on from {written[0]}")
+        raise
     except LossError as error:
         last = find_checkpoint(output_dir)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
@@ -178,10 +181,10 @@ def run(config: RunConfig) -> None:
         raise
     if config.data.streaming and accounts["train"].rows:  # else loader workers have counted
         say(rows_line("train", accounts["train"], config))
-    if stop.received:
+    if trainer.stop.stopped:
         step = trainer.state.global_step
         say(f"SIGTERM: step {step} is saved, training.resume_from_checkpoint=true goes on from it")
-        return
+        raise Terminated
     trainer.save_model(str(output_dir))
     if prompts:
         say(f"scoring the tuned model on {plural(len(prompts), 'row')}")

@@ -14,7 +14,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -30,6 +36,7 @@ from chatglm_ptuning.training.checkpoints import (
     seal,
 )
 from chatglm_ptuning.training.guard import GradientWatch
+from chatglm_ptuning.training.interrupt import StopOnSigterm, Terminated
 from chatglm_ptuning.training.packed_rows import examples_apart
 from chatglm_ptuning.training.sampler import LengthGroupedSampler
 from chatglm_ptuning.training.zero import gathered_trained, leave_out_frozen, load_trained
@@ -88,6 +95,7 @@ class AdapterTrainer(Trainer):
     """
 
     args: RunArguments
+    control: TrainerControl
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
@@ -105,6 +113,8 @@ class AdapterTrainer(Trainer):
         self.add_callback(Progress())
         self.add_callback(RunLog())
         self.add_callback(GradientWatch())
+        self.stop = StopOnSigterm()
+        self.add_callback(self.stop)
         self.adapter_name = adapter_name
         self.describe = describe
         self.score = score
@@ -283,12 +293,29 @@ class AdapterTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The validation loss, and the scores of generated answers where they are asked for."""
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output = super().evaluation_loop(*args, **kwargs)
-        if self.score is not None:
-            output.metrics.update(
-                {f"{prefix}_{name}": value for name, value in self.score().items()}
-            )
+        with self.stop.evaluation():
+            output = super().evaluation_loop(*args, **kwargs)
+            if self.score is not None:
+                output.metrics.update(
+                    {f"{prefix}_{name}": value for name, value in self.score().items()}
+                )
         return output
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Any,
+        model: nn.Module,
+        trial: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except Terminated:  # in the evaluation
+            self.stop.on_step_end(self.args, self.state, self.control)
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the tokens per second since the last training log in place of transformers' run averages."""

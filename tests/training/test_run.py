@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from chatglm_ptuning import cli
 from chatglm_ptuning.config import RunConfig
 from chatglm_ptuning.models.loading import load_base_model
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training import run as workflow
+from chatglm_ptuning.training.checkpoints import checkpoints
 from tests.training.conftest import COLOURS, Command, adapter_is, losses
 
 
@@ -199,6 +200,46 @@ def test_lost_run_names_the_last_good_checkpoint(
         .err.splitlines()[-1]
         .endswith(f"the last good checkpoint is {tmp_path / 'out' / 'checkpoint-2'}")
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "message"),
+    [
+        (
+            signal.SIGTERM,
+            3,
+            "SIGTERM: step 3 is saved, training.resume_from_checkpoint=true goes on",
+        ),
+        (
+            signal.SIGINT,
+            2,
+            "training.resume_from_checkpoint=true goes on from {out}/checkpoint-2\n",
+        ),
+    ],
+)
+def test_an_interrupted_run_says_how_to_go_on(
+    number: signal.Signals,
+    step: int,
+    message: str,
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute_loss, out = workflow.AdapterTrainer.compute_loss, tmp_path / "out"
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), number)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(workflow.AdapterTrainer, "compute_loss", interrupted)
+    assert command() == 130
+    said = capsys.readouterr()
+    assert message.format(out=out) in said.out
+    assert said.err.endswith("interrupted\n")
+    assert max(losses(out)) == step
+    assert checkpoints(out)[0] == out / f"checkpoint-{step}"
 
 
 def test_generation_is_tried_before_the_first_step(
