@@ -63,3 +63,22 @@ def test_the_run_on_your_own_files_works_as_written(
     assert cli.main(["train", *train, "training.max_steps=1"]) == 0
     assert cli.main(["evaluate", *evaluate]) == 0
     assert Path(evaluate[0], "evaluation", "scores.json").is_file()
+
+
+def test_both_languages_have_the_same_commands_and_figures() -> None:
+    english, chinese = (
+        re.sub(r"^## (Files|文件)\n.*?^## ", "", readme, flags=re.DOTALL | re.MULTILINE)
+        for readme in (
+            ROOT.joinpath(n).read_text(encoding="utf-8") for n in ("README.md", "README_zh.md")
+        )
+    )
+
+    def commands(readme: str) -> list[str]:
+        blocks = re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)
+        return [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()][1:]
+
+    def figures(readme: str) -> set[str]:
+        return set(re.findall(r"\d+(?:[.,]\d+)+|\d+e-\d+", readme))
+
+    assert commands(english) == commands(chinese)
+    assert figures(english) == figures(chinese)
