@@ -334,3 +334,12 @@ def test_attention_chosen_later_takes_the_prefix_too(family):
     assert outputs.attentions[0].shape[-1] == 3 + ids.shape[1]
     delete_adapter(model, "a")
     assert model.config._attn_implementation == "eager"
+
+
+@torch.inference_mode()
+def test_loaded_under_inference_mode(tmp_path):
+    save_adapter(tuned("llama"), tmp_path, "a")
+    model = base("llama")
+    load_adapter(model, tmp_path)
+    ids = torch.tensor(ROWS[:1])
+    assert_close(model(ids).logits, tuned("llama")(ids).logits, atol=0, rtol=0)
