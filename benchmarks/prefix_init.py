@@ -3,14 +3,15 @@
     python benchmarks/prefix_init.py [--text TEXT] [--rates 2e-2 5e-3 ...] [--steps 150] [--every 15] [--output FILE]
 
 Both are as long as the text and see the same rows in the same order. What is compared is the loss on 100 validation
-rows, without dropout, before the first step and every few steps. The second table takes losses that the best random
-start comes to, and gives the steps that each run needs to get there. The curves go into a picture.
+rows, without dropout, before the first step and every few steps. The second table takes losses that the random start
+comes to, and gives the steps that the text needs to get there. The curves go into a picture.
 """
 
 import argparse
 import contextlib
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -51,10 +52,12 @@ def train(start: list[str], rate: float, steps: int, every: int) -> Curve:
         return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
 
 
-def steps_to(curve: Curve, loss: float) -> str:
-    """After how many steps a curve is at a loss for the first time."""
-    reached = [step for step, value in curve.items() if value <= loss]
-    return str(reached[0]) if reached else "-"
+def steps_to(curve: Curve, loss: float) -> float:
+    """Where a falling curve comes to a loss, on the line between the measured steps."""
+    for (step, value), (next_step, next_value) in pairwise(curve.items()):
+        if next_value <= loss <= value:
+            return step + (next_step - step) * (value - loss) / (value - next_value)
+    return float("nan")
 
 
 def draw(curves: dict[str, Curve], file: Path) -> None:
@@ -100,13 +103,11 @@ def main() -> None:
     for step in next(iter(curves.values())):
         cells = [f"{curve[step]:>{len(name)}.4f}" for name, curve in curves.items()]
         print(f"{step:<8}", *cells, sep="  ")
-    best = min(
-        (c for n, c in curves.items() if n.startswith("random")), key=lambda c: min(c.values())
-    )
-    print(f"\nsteps to a loss\n{'loss':<8}", *curves, sep="  ")
-    for loss in list(best.values())[2::3]:
-        cells = [f"{steps_to(curve, loss):>{len(name)}}" for name, curve in curves.items()]
-        print(f"{loss:<8.4f}", *cells, sep="  ")
+    print("\nsteps to a loss\nrate      loss  random    text")
+    for rate in arguments.rates:
+        random, text_start = curves[f"random {rate:g}"], curves[f"text {rate:g}"]
+        for step, loss in list(random.items())[2::2]:
+            print(f"{rate:<8g}{loss:>6.3f}{step:>8}{steps_to(text_start, loss):>8.0f}")
     draw(curves, arguments.output)
     print(f"\ncurves: {arguments.output}")
 

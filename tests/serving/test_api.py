@@ -192,7 +192,7 @@ def test_errors_that_the_client_knows(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.BadRequestError, match="max_tokens must be at least 1") as negative:
         create(model="tiny", messages=USER, max_tokens=-1)
     assert negative.value.param == "max_tokens"
-    with pytest.raises(openai.BadRequestError, match="at most 1024 tokens") as long:
+    with pytest.raises(openai.BadRequestError, match="at most 512 tokens") as long:
         create(model="tiny", messages=[{"role": "user", "content": "你好" * 1000}])
     assert long.value.code == "context_length_exceeded"
     create(model="tiny", messages=USER, max_tokens=1, presence_penalty=0, user="me")

@@ -86,7 +86,7 @@ def test_answers_alone_differ_from_one_another(
     alone: Callable[[str, str | None], list[int]],
 ) -> None:
     answers = {tuple(alone(text, name)) for text in TEXTS for name in NAMES}
-    assert len(answers) > 0.8 * len(TEXTS) * len(NAMES)
+    assert len(answers) > 0.7 * len(TEXTS) * len(NAMES)
 
 
 def test_crowded_answers_equal_answers_alone(

@@ -17,10 +17,9 @@ from torch.testing import assert_close
 
 from chatglm_ptuning import load_model
 from chatglm_ptuning.config import PROJECT, RunConfig
-from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training.run import run
 from chatglm_ptuning.tuners.prefix import PrefixEncoder, PrefixTuningConfig
+from tests.checkpoints import tiny_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 COLOURS = ["红色", "蓝色", "白色", "黑色", "绿色", "黄色", "紫色", "灰色"]
@@ -44,20 +43,7 @@ MODES = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random ChatGLM-6B, 16 rows and the config of a run of 6 steps."""
     directory = tmp_path_factory.mktemp("distributed")
-    torch.manual_seed(0)
-    config = ChatGLMConfig(
-        vocab_size=2352,
-        hidden_size=32,
-        num_layers=2,
-        num_attention_heads=4,
-        bos_token_id=2004,
-        eos_token_id=2005,
-        mask_token_id=2000,
-        gmask_token_id=2001,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    ChatGLMForConditionalGeneration(config).save_pretrained(directory / "base")
+    tiny_model("chatglm").save_pretrained(directory / "base")
     for file in (GOLDEN / "tokenizer_v1").iterdir():
         shutil.copy(file, directory / "base")
     rows = [{"content": f"颜色#{colour}", "summary": f"这件是{colour}的。"} for colour in COLOURS]
