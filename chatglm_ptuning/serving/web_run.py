@@ -43,7 +43,12 @@ class Run:
     @property
     def examples(self) -> list[str]:
         """Messages to try: those of the data, else those of the samples."""
-        texts = [conversation.messages[0].content for conversation in self.conversations]
+        texts = [
+            next(
+                (message.content for message in conversation.messages if message.role == "user"), ""
+            )
+            for conversation in self.conversations
+        ]
         texts = texts if texts else [sample["prompt"] for sample in self.samples]
         return [text for text in texts if text.strip()][:EXAMPLES]
 

@@ -158,11 +158,13 @@ def test_records_of_a_run(tmp_path):
 
 def test_examples_come_from_the_data(tmp_path):
     data = tmp_path / "test.json"
-    data.write_text(json.dumps({"content": "问", "summary": "答"}) + "\n", encoding="utf-8")
+    system, user = {"role": "system", "content": "令"}, {"role": "user", "content": "题"}
+    rows = [{"content": "问", "summary": "答"}, {"messages": []}, {"messages": [system, user]}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = f"model: {{path: x}}\ndata: {{test_file: {data}}}\n"
     (tmp_path / "run_config.yaml").write_text(config, encoding="utf-8")
     run = read_run(tmp_path)
-    assert run.examples == ["问"]
+    assert run.examples == ["问", "题"]
     assert not run.has_turns
 
 

@@ -170,6 +170,8 @@ def test_side_by_side_shows_both(page):
 def test_run_tab_shows_scores(page):
     page.get_by_role("tab").nth(1).click()
     assert page.locator("#run .scores").inner_text().split()[-3:] == ["12.50", "48.25", "+35.75"]
+    border = "row => getComputedStyle(row).borderTopWidth"  # gradio's own style draws one
+    assert page.locator("#run .scores tr").first.evaluate(border) == "0px"
 
 
 def test_html_of_a_message_is_text(page):
