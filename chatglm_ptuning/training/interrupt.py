@@ -1,7 +1,7 @@
 """SIGTERM, a scheduler's warning: the run writes a checkpoint after the step it is in and stops."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,13 @@ from chatglm_ptuning.training.arguments import RunArguments
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came where nothing needs to be finished."""
+
+
+def leave_sigterm_to_trainer(initialize: Callable[[int], None] | None, worker: int) -> None:
+    """Start a data loader's worker: schedulers send the signal to every process, and training needs its rows yet."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(worker)
 
 
 class StopOnSigterm(TrainerCallback):

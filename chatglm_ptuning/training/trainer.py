@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ from chatglm_ptuning.training.checkpoints import (
     seal,
 )
 from chatglm_ptuning.training.guard import GradientWatch
-from chatglm_ptuning.training.interrupt import StopOnSigterm, Terminated
+from chatglm_ptuning.training.interrupt import (
+    StopOnSigterm,
+    Terminated,
+    leave_sigterm_to_trainer,
+)
 from chatglm_ptuning.training.packed_rows import examples_apart
 from chatglm_ptuning.training.sampler import LengthGroupedSampler
 from chatglm_ptuning.training.zero import gathered_trained, leave_out_frozen, load_trained
@@ -149,11 +154,18 @@ class AdapterTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=partial(leave_sigterm_to_trainer, None),
         )
         return prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True,
             dispatch_batches=False,
         )  # fmt: skip
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's iterates over torch's
+        inner.worker_init_fn = partial(leave_sigterm_to_trainer, inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":

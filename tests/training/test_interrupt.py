@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -34,6 +35,26 @@ class TerminateAtTheEnd(TrainerCallback):
     ) -> None:
         if state.global_step == state.max_steps:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class TerminateWorkers(TrainerCallback):
+    """Sends SIGTERM to the data loader's processes, too, as schedulers do."""
+
+    terminated = 0
+
+    def on_step_begin(
+        self, args: RunArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+            self.terminated += 1
+
+
+def test_workers_outlive_sigterm(train: Train) -> None:
+    callback = TerminateWorkers()
+    trainer = train(MODELS["chatglm"](), callbacks=[callback], dataloader_num_workers=1)
+    assert callback.terminated
+    assert trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])
