@@ -1,6 +1,7 @@
 """What a run says at its end: scores of base and tuned model side by side, a few answers, cost, what to do next."""
 
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -121,5 +122,9 @@ def peak_memory() -> str:
 
 def peak_resident() -> int:
     """The most bytes of main memory this process held at once."""
+    if (
+        status := Path("/proc/self/status")
+    ).exists():  # getrusage counts the parent's, from before exec, as well
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

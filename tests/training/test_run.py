@@ -408,3 +408,17 @@ def test_a_run_needs_a_directory_to_write_to(
     assert command(f"training.output_dir={tmp_path / place}") == 1
     error = capsys.readouterr().err
     assert "error: training.output_dir must be a directory that can be written to, got " in error
+
+
+LARGE_PARENT = """
+import subprocess, sys
+held = b"x" * (800 * 2**20)
+code = "from chatglm_ptuning.training.report import peak_resident; print(peak_resident())"
+print(subprocess.check_output([sys.executable, "-c", code], text=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_peak_memory_is_not_the_parents() -> None:
+    peak = int(subprocess.check_output([sys.executable, "-c", LARGE_PARENT], text=True))
+    assert 100 * 2**20 < peak < 700 * 2**20
