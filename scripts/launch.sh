@@ -11,6 +11,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 launch() {
   local processes="${NUM_GPUS:-1}"
+  if ! [[ "$processes" =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NUM_GPUS must be a whole number over 0, got $processes" >&2
+    exit 1
+  fi
   setup
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > processes ? $(nproc) / processes : 1 ))}"
   if [ -n "${HOSTFILE:-}" ]; then

@@ -3,6 +3,7 @@
 import signal
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
@@ -12,10 +13,12 @@ def main(arguments: list[str]) -> int:
     """Run the processes.
 
     Returns:
-        The exit code of the first one that failed; 0 if none did.
+        The exit code of the first one that failed, 130 if they were interrupted; 0 otherwise.
     """
     try:
         torchrun(arguments)
+    except SignalException:
+        return 130  # the first process has said what is saved
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
