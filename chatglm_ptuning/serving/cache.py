@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-SLACK = 128  # columns: the buffer is moved or grown after so many tokens
+SLACK = 128  # columns: a new buffer is made after so many tokens
 
 
 class BatchCache(Cache):
@@ -36,7 +36,7 @@ class BatchCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # Zeros, never uninitialised memory: a masked NaN is still NaN.
+        # Zeros where a row has nothing, never what was left there: a masked NaN is still NaN.
         self.buffer = torch.zeros(
             num_layers, 2, 0, num_key_value_heads, 0, head_dim, dtype=dtype, device=device
         )
@@ -59,6 +59,7 @@ class BatchCache(Cache):
         self._make_room(len(self.lengths) + len(rows), max([self.width, *lengths]), 1)
         for parts, length in zip(rows, lengths, strict=True):
             row, column = len(self.lengths), self.end - length
+            self.buffer[:, :, row, :, :column] = 0
             for part in parts:
                 self.buffer[:, :, row, :, column : column + part.shape[3]] = part
                 column += part.shape[3]
@@ -68,8 +69,7 @@ class BatchCache(Cache):
         """Let a row leave; the last row takes its place."""
         last = len(self.lengths) - 1
         if row != last:
-            columns = slice(self.end - self.lengths[last], self.end)
-            self.buffer[:, :, row, :, columns] = self.buffer[:, :, last, :, columns]
+            self.buffer[:, :, row] = self.buffer[:, :, last]
             self.lengths[row] = self.lengths[last]
         del self.lengths[last]
 
@@ -87,22 +87,18 @@ class BatchCache(Cache):
     def _make_room(self, rows: int, before: int, after: int) -> None:
         """See to it that there are so many rows, and so many columns before `end` and after it.
 
-        A new buffer is as large as is needed now and SLACK columns larger, however large the old one was.
+        A new buffer is as large as is needed now and SLACK columns larger, however large the old one was. It takes the
+        old one's place once it is filled: where memory is full, the rows stay as they were.
         """
         old, taken, width = self.buffer, len(self.lengths), self.width
-        has_rows, has_columns = old.shape[2], old.shape[4]
+        layers, parts, has_rows, heads, has_columns, channels = old.shape
         if rows <= has_rows and before <= self.end and self.end + after <= has_columns:
             return
-        is_moved = rows <= has_rows and before + after <= has_columns
-        if not is_moved:
-            layers, parts, _, heads, _, channels = old.shape
-            self.buffer = old.new_zeros(
-                layers, parts, rows, heads, before + after + SLACK, channels
-            )
-        for target, source in zip(self.buffer, old, strict=True):
-            window = source[:, :taken, :, self.end - width : self.end]
-            target[:, :taken, :, before - width : before] = window.clone() if is_moved else window
-        self.end = before
+        new = old.new_zeros(layers, parts, rows, heads, before + after + SLACK, channels)
+        new[:, :, :taken, :, before - width : before] = old[
+            :, :, :taken, :, self.end - width : self.end
+        ]
+        self.buffer, self.end = new, before
 
 
 class _Layer(DynamicLayer):

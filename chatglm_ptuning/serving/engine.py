@@ -73,7 +73,7 @@ class Engine:
         self._retired: set[str] = set()  # removed LoRA that still answers
         self._waiting: deque[Answer] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
-        self._is_closing = False
+        self._is_closing = self._gives_up = False
         self._changed = threading.Condition()
         with torch.no_grad():
             self._adapters = {name: self._take(name) for name in list_adapters(model)}
@@ -89,6 +89,11 @@ class Engine:
         """Names of the loaded adapters."""
         with self._changed:
             return sorted(self._adapters)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._is_closing
 
     @property
     def load(self) -> tuple[int, int]:
@@ -122,6 +127,8 @@ class Engine:
         """
         with self._changed:
             key_values = self._find(adapter)
+        if len(prompt_ids) > self.limits.max_prompt_tokens:
+            return 0
         virtual = key_values.shape[3] if key_values is not None else 0
         return min(
             self.limits.max_answer_tokens,
@@ -175,7 +182,7 @@ class Engine:
                 names,
             )
             check_lengths(answer, self.limits, self.max_cached_tokens, self._context)
-            if self._is_closing:
+            if not self.is_open:
                 raise BusyError("the server is shutting down")
             if len(self._waiting) >= self.limits.max_waiting:
                 raise BusyError(
@@ -197,14 +204,15 @@ class Engine:
         answer = self.submit(prompt_ids, updates.put, sampling, adapter, tools)
         return follow(answer, updates)
 
+    def give_up(self) -> None:
+        """Take no more requests, and end those under way at their next token."""
+        self._is_closing = self._gives_up = True
+
     def close(self, drain: bool = True) -> None:
         """Take no more requests, end those under way (`drain` lets them finish), and stop the thread."""
-        with (
-            self._changed
-        ):  # the engine's thread changes the batch outside it, `list` copies in one go
+        with self._changed:
             self._is_closing = True
-            for answer in [] if drain else [*self._batch.answers, *self._waiting]:
-                answer.cancel()
+            self._gives_up |= not drain
             self._changed.notify()
         self._thread.join()
 
@@ -304,7 +312,7 @@ class Engine:
                 done.set_result(None)
 
         with self._changed:
-            if self._is_closing:
+            if not self.is_open:
                 raise BusyError("the server is shutting down")
             self._jobs.append(run)
             self._changed.notify()
@@ -314,25 +322,38 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._waiting or self._batch.answers or self._jobs or self._is_closing
-                )
-                jobs, joining = list(self._jobs), self._next_to_join()
-                self._jobs.clear()
-                if not (jobs or joining or self._batch.answers):
-                    if self._is_closing:
-                        return
-                    continue  # all that waited were cancelled
-            if joining:
-                self._join(joining)
-            for job in jobs:  # after joining: an adapter that is removed has no user on the way
-                job()
-            if self._batch.answers:
-                self._step()
-                if self._retired:
-                    self._drop_retired()
+        while self._has_work():
+            try:
+                self._turn()
+            except Exception as error:  # a bug in here: whoever waits must be told
+                with self._changed:
+                    lost = [*self._batch.answers, *self._waiting]
+                    self._waiting.clear()
+                self._fail(lost, error)
+                self._batch = Batch(self.model)
+
+    def _has_work(self) -> bool:
+        """Wait for something to do; False once the engine is closed and all is done."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._waiting or self._batch.answers or self._jobs or self._is_closing
+            )
+            return bool(self._waiting or self._batch.answers or self._jobs)
+
+    def _turn(self) -> None:
+        """Let requests join, give every answer its next token, do the jobs."""
+        with self._changed:
+            for answer in [*self._batch.answers, *self._waiting] if self._gives_up else ():
+                answer.cancel()
+            joining = self._next_to_join()
+        if joining:
+            self._join(joining)
+        if self._batch.answers:
+            self._step()
+        if self._retired:
+            self._drop_retired()
+        while self._jobs:
+            self._jobs.popleft()()
 
     def _join(self, answers: list[Answer]) -> None:
         try:

@@ -31,6 +31,9 @@ class Limits:
         max_cached_tokens: Rows times columns of the cache; requests that would go over it wait. None takes what a third
             of the memory that is free once the model is loaded holds.
         max_prefill_tokens: Rows times columns of the prompts read in one forward pass, if it is more than one.
+
+    Raises:
+        UserError: One is below 1.
     """
 
     max_batch: int = 32
@@ -39,6 +42,11 @@ class Limits:
     max_answer_tokens: int = 2048
     max_cached_tokens: int | None = None
     max_prefill_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value!r}")
 
 
 def fitting_tokens(model: PreTrainedModel) -> int:

@@ -126,7 +126,7 @@ def draw(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     ranked = (ranked - ranked[:, :1]) / temperature
     rank = torch.arange(vocab_size, device=logits.device)
     ranked = ranked.masked_fill(
-        rank >= column([s.top_k or vocab_size for s in settings]), -math.inf
+        rank >= column([min(s.top_k or vocab_size, vocab_size) for s in settings]), -math.inf
     )
     mass = ranked.double().softmax(dim=-1).cumsum(dim=-1)
     # The nucleus ends with the first token that reaches top_p.

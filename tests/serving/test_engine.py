@@ -74,6 +74,48 @@ def test_too_much_is_refused(base: Base) -> None:
         engine.add_adapter("new", "nowhere")
 
 
+def test_limits_are_at_least_one() -> None:
+    with pytest.raises(UserError, match="max_batch must be at least 1, got 0"):
+        Limits(max_batch=0)
+
+
+def test_too_long_prompt_allows_no_answer(base: Base) -> None:
+    engine = base.engine(limits=Limits(max_prompt_tokens=5))
+    assert engine.longest_answer([5] * 5) > 1
+    assert engine.longest_answer([5] * 6) == 0
+    engine.close()
+
+
+def test_bug_in_the_engine_is_told_to_whoever_waits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, queue = ask(engine, "p5", Sampling(8)), SimpleQueue[Update]()
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_next_to_join", fail)
+        engine.submit(engine.encode([Message("user", "裙")]), queue.put, LONG)
+        assert last(queue).error == "RuntimeError: a bug"
+    assert ask(engine, "p5", Sampling(8)) == expected
+
+
+def test_close_ends_answers_that_are_joining(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, queue = base.engine(), SimpleQueue[Update]()
+    read = engine._batch.join
+
+    def join(answers: list) -> None:
+        engine.give_up()
+        read(answers)
+
+    monkeypatch.setattr(engine._batch, "join", join)
+    monkeypatch.setattr(type(base.template), "stop_token_ids", lambda *_: [])
+    engine.submit(engine.encode([Message("user", "裙")]), queue.put, LONG, "p5")
+    assert last(queue).finish_reason == "cancelled"
+    engine.close()
+
+
 def test_out_of_memory_ends_answers_and_not_the_engine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +144,19 @@ def test_removed_lora_finishes_its_answers(bases: dict[str, Base], saved: dict[s
     engine.add_adapter("other", saved["lora"])
     assert "lora" not in list_adapters(engine.model)
     assert ask(engine, "other", LONG) == expected
+    engine.close()
+
+
+def test_removed_lora_leaves_though_its_last_answer_ends_in_joining(
+    bases: dict[str, Base], saved: dict[str, Path]
+) -> None:
+    engine = bases["glm"].engine(limits=Limits(max_batch=1))
+    prompt, queue = engine.encode([Message("user", "裙")]), SimpleQueue[Update]()
+    engine.submit(prompt, SimpleQueue().put, Sampling(20), "p5")
+    engine.submit(prompt, queue.put, Sampling(1), "lora")  # waits for the first to end
+    engine.remove_adapter("lora")
+    last(queue)
+    engine.add_adapter("lora", saved["lora"])
     engine.close()
 
 

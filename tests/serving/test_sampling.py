@@ -41,6 +41,12 @@ def test_drawn_as_transformers_draws(sampling: Sampling) -> None:
     assert (seen - wanted).abs().max() < 0.03
 
 
+def test_huge_top_k_is_the_whole_vocabulary() -> None:
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    rows = [Chooser(Sampling(temperature=1.0, top_k=k, seed=5), []) for k in (0, 10**30)]
+    assert len(set(choose_tokens(logits.repeat(2, 1), rows))) == 1
+
+
 def test_rows_do_not_know_of_one_another() -> None:
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
     seeded = [Sampling(**{**vars(sampling), "seed": 3}) for sampling in [*SETTINGS[:3], Sampling()]]
