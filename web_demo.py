@@ -2,14 +2,16 @@
 
 import sys
 
-from chatglm_ptuning.cli import fail, set_up_logging
-from chatglm_ptuning.errors import UserError
+from chatglm_ptuning.cli import exit_code, set_up_logging
+
+
+def run() -> None:
+    """Serve the page; torch is imported here, which takes seconds."""
+    from chatglm_ptuning.serving.web import main
+
+    main()
+
 
 if __name__ == "__main__":
     set_up_logging()
-    from chatglm_ptuning.serving.web import main
-
-    try:
-        main()
-    except UserError as error:
-        sys.exit(fail(str(error)))
+    sys.exit(exit_code(run))

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,11 +68,13 @@ def serve(args: argparse.Namespace) -> None:
     """Serve a base and its adapters over the OpenAI API."""
     from chatglm_ptuning.serving.api import Keys
     from chatglm_ptuning.serving.limits import Limits
+    from chatglm_ptuning.serving.opening import listen
     from chatglm_ptuning.serving.server import ADMIN_KEY, API_KEY, read_key, serve
 
     keys = Keys(read_key(args.api_key_file, API_KEY), read_key(args.admin_key_file, ADMIN_KEY))
     limits = Limits(args.max_batch, args.max_waiting, args.max_prompt_tokens, args.max_tokens)
-    serve(open_engine(args, limits), args.host, args.port, keys)
+    listening = listen(args.host, args.port)
+    serve(open_engine(args, limits), listening, keys)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -304,8 +306,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = parse(arguments)
     set_up_logging()
+    return exit_code(lambda: args.run(args))
+
+
+def exit_code(run: Callable[[], None]) -> int:
+    """Run something; the user's error, a full disk and Ctrl-C end it in one line.
+
+    Returns:
+        The exit code.
+    """
     try:
-        args.run(args)
+        run()
     except UserError as error:
         return fail(str(error))
     except BrokenPipeError:  # `| head` has seen enough; nothing may be written at exit either

@@ -86,7 +86,7 @@ def parse_python_call(metadata: str, content: str) -> ToolCall | None:
             raise ValueError("another expression")
         # ** has no name, and is no literal
         arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if None not in (keyword.arg for keyword in call.keywords):
+        if None not in (keyword.arg for keyword in call.keywords) and is_json(arguments):
             return ToolCall(name, arguments)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         pass
@@ -100,4 +100,13 @@ def parse_json_call(metadata: str, content: str) -> ToolCall | None:
         arguments = json.loads(content) if _NAME.fullmatch(name) is not None else None
     except (ValueError, RecursionError):
         return None
-    return ToolCall(name, arguments) if isinstance(arguments, dict) else None
+    return ToolCall(name, arguments) if isinstance(arguments, dict) and is_json(arguments) else None
+
+
+def is_json(arguments: dict[str, Any]) -> bool:
+    """Whether arguments can be handed on as JSON: no bytes, no sets, no infinity, no half of a surrogate pair."""
+    try:
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

@@ -74,6 +74,8 @@ class Running:
             update = await self.updates.get()
             if update.finish_reason == "error":
                 raise ApiError(500, f"the answer had to be given up: {update.error}")
+            if update.finish_reason == "cancelled":  # not by the client, which would be gone
+                raise ApiError(503, "the server is shutting down", "overloaded")
             yield update
             if update.finish_reason is not None:
                 return
@@ -337,9 +339,11 @@ class Api:
         await asyncio.to_thread(self.engine.remove_adapter, name)
         return {"id": name, "object": "model", "deleted": True}
 
-    def health(self) -> dict[str, Any]:
-        """GET /health."""
-        return {"status": "ok", "models": len(self.names())}
+    def health(self) -> JSONResponse:
+        """GET /health: 200 while requests are taken, else 503."""
+        is_open = self.engine.is_open
+        content = {"status": "ok" if is_open else "closed", "models": len(self.names())}
+        return JSONResponse(content, 200 if is_open else 503)
 
     def metrics(self) -> PlainTextResponse:
         """GET /metrics, in Prometheus' text format."""
@@ -424,10 +428,10 @@ def create_app(engine: Engine, base: str, keys: Keys | None = None) -> FastAPI:
     users.add_api_route("/chat/completions", api.chat, methods=["POST"])
     users.add_api_route("/completions", api.complete, methods=["POST"])
     users.add_api_route("/models", api.models)
-    users.add_api_route("/models/{name}", api.model)
+    users.add_api_route("/models/{name:path}", api.model)
     admin = APIRouter(prefix="/v1", dependencies=[Depends(api.check_admin)])
     admin.add_api_route("/load_adapter", api.load_adapter, methods=["POST"])
-    admin.add_api_route("/models/{name}", api.unload_adapter, methods=["DELETE"])
+    admin.add_api_route("/models/{name:path}", api.unload_adapter, methods=["DELETE"])
     app.include_router(users)
     app.include_router(admin)
     app.add_api_route("/health", api.health)

@@ -1,5 +1,6 @@
-"""From the words of a command line to an engine: base, adapters, chat format."""
+"""From the words of a command line to an engine: address, base, adapters, chat format."""
 
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,13 +13,36 @@ from chatglm_ptuning.serving.limits import Limits
 DEMO_MODEL = PROJECT / "demo" / "model"
 
 
-def named_directories(texts: Sequence[str]) -> dict[str, Path]:
-    """Adapter directories by name, from texts NAME=DIR.
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, before the minutes that a large model needs; who connects meanwhile waits.
+
+    Args:
+        host: Address or name.
+        port: TCP port; 0 takes a free one.
+
+    Raises:
+        UserError: The address cannot be used.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen()
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise UserError(
+            f"the address must be free and this machine's, got {host}:{port} ({error}); choose another --port or --host"
+        ) from None
+    return listening
+
+
+def named_directories(texts: Sequence[str], unnamed: str | None = None) -> dict[str, Path]:
+    """Adapter directories by name, from texts NAME=DIR and one without a name, which comes first.
 
     Raises:
         UserError: Another form, or a name twice.
     """
-    directories: dict[str, Path] = {}
+    directories = {} if unnamed is None else {name_of(Path(unnamed)): Path(unnamed)}
     for text in texts:
         name, equals, directory = text.partition("=")
         if not (name and equals and directory):
@@ -36,21 +60,39 @@ def name_of(directory: Path) -> str:
     return directory.resolve().name.replace(".", "_")
 
 
-def find_base(model: str | Path | None, adapters: Mapping[str, Path]) -> Path:
-    """The checkpoint directory to serve: the one given, or else the adapters', or else the demo's.
+def find_base(
+    model: str | Path | None, adapters: Mapping[str, Path]
+) -> tuple[Path, dict[str, Path]]:
+    """The checkpoint directory to serve (the one given, or else the adapters', or else the demo's), and all adapters.
+
+    Args:
+        model: A checkpoint directory, or an adapter directory: its base, and the adapter by the directory's name.
+        adapters: Directories by name.
 
     Raises:
-        UserError: The adapters name several, or one that is not there.
+        UserError: The adapters name no base, several, or one that is not there; or a name is there twice.
     """
     if model is not None:
-        return base_of(model)
+        first = {name_of(Path(model)): Path(model)} if is_adapter(model) else {}
+        if twice := first.keys() & adapters.keys():
+            raise UserError(
+                f"an adapter's name must be new, got {twice.pop()!r} twice, as --model too; rename one"
+            )
+        return base_of(model), first | dict(adapters)
+    if not adapters:
+        return DEMO_MODEL, {}
     bases = {base_of(path).resolve() for path in adapters.values() if is_adapter(path)}
+    if not bases:
+        raise UserError(
+            f"an adapter must be a directory with adapter_config.json, got {str(next(iter(adapters.values())))!r};"
+            " name the base with --model if it is a released prefix (pytorch_model.bin)"
+        )
     if len(bases) > 1:
         raise UserError(
             f"all adapters must have one base, got {', '.join(sorted(map(str, bases)))}; say which with --model, or"
             " serve them apart"
         )
-    return bases.pop() if bases else DEMO_MODEL
+    return bases.pop(), dict(adapters)
 
 
 def open_engine(
@@ -65,9 +107,8 @@ def open_engine(
     """Load everything and start the engine.
 
     Args:
-        model: A checkpoint directory, or an adapter directory (its base, and the adapter by the directory's name); None
-            takes the adapters' base, and without adapters the demo's.
-        adapters: Directories by name.
+        model: See `find_base`.
+        adapters: See `find_base`.
         template: The chat format; None where the adapters or the checkpoint tell.
         dtype: See `load_model`.
         device: See `load_model`.
@@ -77,10 +118,7 @@ def open_engine(
     Raises:
         UserError: A directory or an argument is wrong.
     """
-    adapters = dict(adapters) if adapters is not None else {}
-    if model is not None and is_adapter(model):
-        adapters = {name_of(Path(model)): Path(model)} | adapters
-    base = find_base(model, adapters)
+    base, adapters = find_base(model, adapters if adapters is not None else {})
     tokenizer = load_tokenizer(base)
     chat_format = template_of(tokenizer, template, list(adapters.values()))
     engine = Engine(

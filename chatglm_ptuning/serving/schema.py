@@ -187,7 +187,7 @@ class ChatRequest(SamplingRequest):
         """The functions that may be called."""
         if not self.tools or self.tool_choice == "none":
             return None
-        return [tool.function.model_dump(exclude_unset=True) for tool in self.tools]
+        return [{"function": tool.function.model_dump(exclude_unset=True)} for tool in self.tools]
 
 
 class CompletionRequest(SamplingRequest):

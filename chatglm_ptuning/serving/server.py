@@ -1,10 +1,14 @@
 """`python -m chatglm_ptuning serve`: the API as a process of its own."""
 
+import asyncio
 import ipaddress
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
+from socket import socket
+from types import FrameType
 
 import uvicorn
 
@@ -42,51 +46,58 @@ def read_key(file: Path | None, variable: str) -> str | None:
     return key
 
 
-def is_local(host: str) -> bool:
-    """Whether only this machine reaches a host address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+class Server(uvicorn.Server):
+    """uvicorn's; whoever waits for an answer is told once it is given up: after `GRACE`, or at a second signal.
+
+    Args:
+        config: Of uvicorn.
+        engine: Answers.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal, give up at the second, and drop everything at a third that is Ctrl-C."""
+        if self.should_exit and self.engine.is_open:
+            self.engine.give_up()
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Let answers under way finish, for so long."""
+        end = asyncio.get_running_loop().call_later(GRACE, self.engine.give_up)
+        await super().shutdown(sockets)
+        end.cancel()
 
 
-def serve(engine: Engine, host: str, port: int, keys: Keys) -> None:
+def serve(engine: Engine, listening: socket, keys: Keys) -> None:
     """Answer until SIGTERM (exit code 0) or Ctrl-C; answers under way may finish.
 
     Args:
         engine: Answers; closed in the end.
-        host: Address to listen at.
-        port: TCP port; 0 takes a free one.
+        listening: Where.
         keys: Who may do what.
 
     Raises:
-        UserError: The address cannot be used.
+        UserError: An adapter has the base's name.
     """
     base = Path(engine.model.config.name_or_path).resolve().name
     app = create_app(engine, base, keys)
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=GRACE
-    )
-    try:
-        socket = config.bind_socket()
-    except SystemExit:  # uvicorn has logged the reason
-        engine.close()
-        raise UserError(
-            f"the address must be free and this machine's, got {host}:{port}; choose another --port"
-        ) from None
-    if not is_local(host) and keys.api is None:
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2 * GRACE)
+    host, port = listening.getsockname()[:2]
+    if not ipaddress.ip_address(host).is_loopback and keys.api is None:
         logger.warning(
             "everybody who reaches %s may ask without a key; set %s or --api-key-file",
             host,
             API_KEY,
         )
-    url = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}/v1"
-    print(greeting(url, [base, *engine.adapters], keys), flush=True)
     # uvicorn raises the signal that stopped it once more; SIGTERM is a proper end.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[socket])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    print(greeting(url, [base, *engine.adapters], keys), flush=True)
+    Server(config, engine).run(sockets=[listening])
 
 
 def greeting(url: str, models: list[str], keys: Keys) -> str:

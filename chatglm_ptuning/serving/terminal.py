@@ -1,6 +1,7 @@
 """`python -m chatglm_ptuning chat`: a conversation in the terminal, or over a pipe."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -112,9 +113,9 @@ class Terminal:
         rows = [{"role": m.role, "content": m.content} for m in self.conversation]
         try:
             text = json.dumps({"messages": rows}, ensure_ascii=False, indent=2)
-            Path(file).expanduser().write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"the file must be writable, got {file!r}: {error.strerror}") from None
+            Path(os.path.expanduser(file)).write_text(text + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:  # a path with a NUL is no OSError
+            raise UserError(f"the file must be writable, got {file!r}: {error}") from None
         self.note(f"{len(rows)} messages are in {file}")
 
     @property
@@ -184,6 +185,8 @@ def typed_lines(terminal: Terminal) -> Iterator[str]:
 def chat(engine: Engine, sampling: Sampling, adapter: str | None, system: str) -> None:
     """Talk to the user at the terminal, or answer the lines of a pipe with answers alone."""
     terminal = Terminal(engine, sampling, adapter, system)
+    # Bytes that are no text are then the error of their line.
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         names = ", ".join(["base", *engine.adapters])
         terminal.note(f"{names}; /help lists the commands, Ctrl-D leaves")

@@ -10,9 +10,9 @@ from typing import Any
 from chatglm_ptuning.config import OUTPUT_DIRS
 from chatglm_ptuning.data.template import TEMPLATES
 from chatglm_ptuning.errors import UserError
-from chatglm_ptuning.loading import base_of, is_adapter
+from chatglm_ptuning.loading import is_adapter
 from chatglm_ptuning.serving.engine import Engine
-from chatglm_ptuning.serving.opening import DEMO_MODEL, name_of, named_directories, open_engine
+from chatglm_ptuning.serving.opening import find_base, listen, named_directories, open_engine
 from chatglm_ptuning.serving.web_text import LANGUAGES
 
 # Whatever an answer contains, the browser fetches nothing from another machine.
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     auth = parse_auth(args.auth)
+    with listen(args.host, args.port) as probe:  # gradio would say so after the model is loaded
+        host, port = probe.getsockname()[:2]
     model_path, adapters = choose_paths(args.model, args.prefix, args.adapter)
     print(
         f"opening {shown_path(model_path)}",
@@ -80,13 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine = open_engine(
         model_path, adapters, args.template, args.dtype, args.device, args.quantization_bit
     )
-    page = make_page(engine, adapters, model_path, args.language)
     try:
-        launch(page, args.host, args.port, auth, args.share)
-        print(
-            f"open http://{'127.0.0.1' if args.host == '0.0.0.0' else args.host}:{args.port}    (Ctrl-C ends)",
-            flush=True,
-        )
+        page = make_page(engine, adapters, model_path, args.language)
+        launch(page, host, port, auth, args.share)
+        print(f"open {page.blocks.local_url}    (Ctrl-C ends)", flush=True)
         page.blocks.block_thread()
     finally:
         engine.close(drain=False)
@@ -112,27 +111,12 @@ def choose_paths(
     """The base and the adapters by name.
 
     Raises:
-        UserError: An adapter is not given as NAME=DIR, or nothing says which base it is for.
+        UserError: See `named_directories` and `find_base`.
     """
-    adapters = named_directories(named)
-    if prefix is not None:
-        adapters = {name_of(Path(prefix)): Path(prefix)} | adapters
-    if model is None and not adapters:
-        trained = Path(OUTPUT_DIRS["ptuning_v2"])
-        if not is_adapter(trained):
-            return DEMO_MODEL, {}
-        adapters[name_of(trained)] = trained
-    if model is not None and is_adapter(model):
-        adapters = {name_of(Path(model)): Path(model)} | adapters
-    if model is not None:
-        return base_of(model), adapters
-    first = next(iter(adapters.values()))
-    if not is_adapter(first):
-        raise UserError(
-            f"an adapter must be a directory with adapter_config.json, got {str(first)!r}; name the base with --model"
-            " if it is a released prefix (pytorch_model.bin)"
-        )
-    return base_of(first), adapters
+    trained = OUTPUT_DIRS["ptuning_v2"]
+    if model is None and prefix is None and not named and is_adapter(trained):
+        prefix = trained
+    return find_base(model, named_directories(named, prefix))
 
 
 def make_page(
@@ -164,7 +148,7 @@ def launch(
     page.blocks.queue(max_size=64, api_open=False)
     try:
         page.blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=share,
             auth=auth,

@@ -192,6 +192,10 @@ def test_chatglm3_answers_are_processed_as_released(case):
         "tool_call('北京')",
         "other(city='x')",
         "tool_call(city='x'); print(1)",
+        "tool_call(city={'x'})",
+        "tool_call(city=b'x')",
+        "tool_call(city=1e999)",
+        "tool_call(city='\\ud83d')",
         "tool_call(city=",
         "tool_call(city=" + "(" * 1000 + ")",
         "",
@@ -216,7 +220,16 @@ def test_tool_calls_come_back_as_they_were_rendered(name):
 
 
 @pytest.mark.parametrize(
-    "text", ["get_weather\n[1]", "get_weather\n{", "get weather\n{}", "好\n{}", "只有\n两行"]
+    "text",
+    [
+        "get_weather\n[1]",
+        "get_weather\n{",
+        'get_weather\n{"city": NaN}',
+        'get_weather\n{"city": "\\ud83d"}',
+        "get weather\n{}",
+        "好\n{}",
+        "只有\n两行",
+    ],
 )
 def test_a_glm4_answer_that_is_no_call_is_text(text):
     assert TEMPLATES["glm4"].parse_response(text) == Message("assistant", text)

@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from chatglm_ptuning.serving import batch
-from chatglm_ptuning.serving.api import MAX_BODY, Keys, create_app
+from chatglm_ptuning.serving.api import MAX_BODY, Api, Keys, create_app
 from chatglm_ptuning.serving.sampling import Chooser
 from tests.serving.conftest import Base
 
@@ -143,6 +143,21 @@ def test_tool_is_called(client: openai.OpenAI, say: Callable[[str], None], strea
     assert json.loads(calls[0].function.arguments) == {"city": "北京"}
 
 
+@pytest.mark.parametrize("argument", ["{1, 2}", "b'a'", "1e999", "'\\ud83d'", "..."])
+def test_call_that_is_no_json_is_text(
+    client: openai.OpenAI, say: Callable[[str], None], argument: str
+) -> None:
+    text = f"weather\n```python\ntool_call(city={argument})\n```"
+    say(text)
+    answer = client.chat.completions.create(model="tiny", messages=USER, tools=[TOOL]).choices[0]
+    assert (answer.finish_reason, answer.message.content) == ("stop", text)
+
+
+def test_function_may_have_a_field_of_any_name(client: openai.OpenAI) -> None:
+    tool = TOOL | {"function": TOOL["function"] | {"function": "x"}}
+    client.chat.completions.create(model="tiny", messages=USER, tools=[tool], max_tokens=1)
+
+
 def test_tool_result_is_part_of_the_prompt(
     client: openai.OpenAI, say: Callable[[str], None]
 ) -> None:
@@ -264,18 +279,27 @@ def test_adapters_come_and_go(
 
     with pytest.raises(openai.AuthenticationError):
         load("new", saved["p5"], by=client)
-    for twin in ("p5", "lora"):
-        load("new", saved[twin])
-        assert ask("new") == ask(twin) != ask("tiny")
-        assert admin.models.delete("new").deleted
+    for name, twin in (("new", "p5"), ("team/new", "lora")):
+        load(name, saved[twin])
+        assert ask(name) == ask(twin) != ask("tiny")
+        assert admin.models.retrieve(name).id == name
+        assert admin.models.delete(name).deleted
         with pytest.raises(openai.NotFoundError):
-            ask("new")
+            ask(name)
     for name, directory in (("p5", saved["p5"]), ("tiny", saved["p5"]), ("new", tmp_path)):
         with pytest.raises(openai.BadRequestError):
             load(name, directory)
     assert "new" not in [model.id for model in client.models.list()]
     with pytest.raises(openai.BadRequestError, match="base must stay"):
         admin.models.delete("tiny")
+
+
+def test_health_ends_with_the_engine(bases: dict[str, Base]) -> None:
+    engine = bases["glm"].engine()
+    api = Api(engine, "tiny", Keys())
+    assert api.health().status_code == 200
+    engine.close()
+    assert api.health().status_code == 503
 
 
 def test_health_and_metrics_need_no_key(url: str) -> None:

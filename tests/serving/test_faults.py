@@ -223,7 +223,8 @@ def test_adapter_config_is_damaged(
 
 
 @pytest.mark.slow
-def test_sigterm_with_requests_under_way() -> None:
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_with_requests_under_way(signals: int) -> None:
     command = [sys.executable, "-m", "chatglm_ptuning", "serve", "--port", "0", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -235,8 +236,12 @@ def test_sigterm_with_requests_under_way() -> None:
         with first as response:
             lines = response.iter_lines()
             next(lines)
-            server.send_signal(signal.SIGTERM)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+            for _ in range(signals):  # the second one gives the answer up, and says so
+                server.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert ("the server is shutting down" in rest[-2]) == (signals == 2)
         assert server.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/models", trust_env=False)

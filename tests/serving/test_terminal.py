@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from chatglm_ptuning.serving.engine import Engine
+from chatglm_ptuning.serving.limits import Limits
 from chatglm_ptuning.serving.sampling import Sampling
 from chatglm_ptuning.serving.terminal import HELP, Terminal
 from tests.serving.conftest import Base
@@ -62,8 +63,9 @@ def test_adapters_are_switched(engine: Engine) -> None:
 
 def test_errors_do_not_end_the_conversation(engine: Engine, tmp_path: Path) -> None:
     talk = Talk(engine)
-    talk.say("/save", f"/save {tmp_path}", "/nothing", "你好" * 2000, "/help", "  ")
-    assert [note.startswith("error: ") for note in talk.notes] == [True] * 4 + [False]
+    wrong = ["/save", f"/save {tmp_path}", "/save ~no.body/a", "/save a\0b", "/nothing", "\udcff"]
+    talk.say(*wrong, "你好" * 2000, "/help", "  ")
+    assert [note.startswith("error: ") for note in talk.notes] == [True] * 7 + [False]
     assert talk.notes[-1] == HELP
     assert talk.terminal.messages == []
     assert talk.say("裙") == Talk(engine).say("裙")
@@ -86,6 +88,15 @@ def test_interrupt_stops_the_answer_only(engine: Engine) -> None:
     assert whole.startswith(shown.strip())
     assert len(shown) < len(whole) / 2
     assert talk.say("/clear", "裙") == whole
+
+
+def test_oldest_turns_are_forgotten_where_the_prompt_is_bounded(bases: dict[str, Base]) -> None:
+    engine = bases["glm"].engine(limits=Limits(max_prompt_tokens=300))
+    talk = Talk(engine)
+    talk.say(*["你好" * 60] * 4)
+    engine.close()
+    assert any("no room any more" in note for note in talk.notes)
+    assert not any(note.startswith("error") for note in talk.notes)
 
 
 def test_oldest_turns_are_forgotten_when_it_is_full(engine: Engine) -> None:

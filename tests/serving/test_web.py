@@ -8,6 +8,7 @@ from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.serving import web, web_chat
 from chatglm_ptuning.serving.answer import Update
 from chatglm_ptuning.serving.engine import BusyError
+from chatglm_ptuning.serving.opening import DEMO_MODEL
 from chatglm_ptuning.serving.web_run import Run, read_run, run_html
 from chatglm_ptuning.serving.web_text import TEXTS
 
@@ -185,14 +186,14 @@ def test_password_may_hold_colons():
 
 def test_paths_of_base_and_adapters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert web.choose_paths(None, None, []) == (web.DEMO_MODEL, {})
+    assert web.choose_paths(None, None, []) == (DEMO_MODEL, {})
     trained = tmp_path / "outputs" / "ptuning"
     trained.mkdir(parents=True)
-    base = {"base_model_name_or_path": str(web.DEMO_MODEL)}
+    base = {"base_model_name_or_path": str(DEMO_MODEL)}
     (trained / "adapter_config.json").write_text(json.dumps(base), encoding="utf-8")
     path, adapters = web.choose_paths(None, None, [])
-    assert (path, list(adapters)) == (web.DEMO_MODEL, ["ptuning"])
-    assert web.choose_paths(str(trained), None, [])[0] == web.DEMO_MODEL
+    assert (path, list(adapters)) == (DEMO_MODEL, ["ptuning"])
+    assert web.choose_paths(str(trained), None, [])[0] == DEMO_MODEL
     assert list(web.choose_paths("m", "a/v1.0", ["b=c"])[1]) == ["v1_0", "b"]
     with pytest.raises(UserError, match="name the base with --model"):
         web.choose_paths(None, "nowhere", [])
