@@ -23,7 +23,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -164,13 +164,13 @@ def main() -> None:
     config = RunConfig.load(PROJECT / "configs" / "ptuning_v2.yaml", overrides)
     tokenizer = load_tokenizer(config.model.path)
     template = choose_template(config.model.template, tokenizer)
-    rows, report = build_dataset(config.data, "train", template, tokenizer)
+    data = replace(config.data, packing=False, streaming=False)  # packed here
+    rows, report = build_dataset(data, "train", template, tokenizer)
     assert isinstance(rows, TokenDataset)
-    limit, pad = (
-        config.data.max_source_length + config.data.max_target_length,
-        tokenizer.pad_token_id,
-    )
-    packed_length = config.data.packed_length
+    limit, pad = data.max_source_length + data.max_target_length, tokenizer.pad_token_id
+    packed_length = data.packed_length
+    if packed_length > args.rows * limit:
+        parser.error(f"a packed row must fit in {args.rows * limit} places, got {packed_length}")
     kinds = make_kinds(rows, limit, packed_length, args.rows, args.batches, pad)
     trainer = make_trainer(config, rows, pad)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]

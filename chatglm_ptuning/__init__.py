@@ -1,5 +1,6 @@
 """Fine-tune, evaluate and serve ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B on today's transformers."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.errors import UserError
@@ -7,6 +8,8 @@ from chatglm_ptuning.version import __version__
 
 if TYPE_CHECKING:
     from chatglm_ptuning.loading import load_model, load_tokenizer
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody asked for
 
 __all__ = ["UserError", "__version__", "load_model", "load_tokenizer"]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -57,8 +58,8 @@ def cached_dataset(
     folder = Path(directory, cache_key(paths, template, tokenizer, config, split))
     if not (folder / _REPORT).is_file():
         try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix="writing-", dir=directory))
+            work = Path(directory, f"writing-{uuid4().hex}")  # mkdtemp's nobody else may read
+            work.mkdir(parents=True)
         except OSError as error:
             raise UserError(
                 f"data.cache_dir must be a directory that can be written, got {directory!r}: {error.strerror}"

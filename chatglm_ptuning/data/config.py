@@ -1,6 +1,7 @@
 """The `data` section of a run."""
 
 import codecs
+import math
 from dataclasses import dataclass
 
 from chatglm_ptuning.errors import UserError
@@ -82,8 +83,8 @@ class DataConfig:
         rules["train_weights"] = (
             self.train_weights is None
             or (
-                min(self.train_weights, default=0) > 0
-                and len(self.train_weights) == len(paths or [])
+                len(self.train_weights) == len(paths or [])
+                and all(0 < weight < math.inf for weight in self.train_weights)
             ),
             "have one number over 0 for each path of data.train_file",
         )
