@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[1]
 OVERRIDES = "[section.key=value ...]"
+# errors of a disk or of a path that the user chose, not of this program
+UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR
+)  # fmt: skip
 OVERRIDE = re.compile(r"(model|data|adapter|training|generation)(\.\w+)+=")
 
 
@@ -310,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def exit_code(run: Callable[[], None]) -> int:
-    """Run something; the user's error, a full disk and Ctrl-C end it in one line.
+    """Run something; the user's error, a missing package, a full disk and Ctrl-C end it in one line.
 
     Returns:
         The exit code.
@@ -319,11 +323,18 @@ def exit_code(run: Callable[[], None]) -> int:
         run()
     except UserError as error:
         return fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "chatglm_ptuning":
+            raise
+        return fail(
+            f"Python must have the packages of requirements.txt, got {sys.executable} without {error.name}; make .venv"
+            " with bash scripts/setup.sh and run source .venv/bin/activate"
+        )
     except BrokenPipeError:  # `| head` has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as of a program that SIGPIPE ends
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in UNWRITABLE:
             raise
         place = f" {error.filename}" if error.filename else " a file"
         return fail(f"cannot write{place}: {error.strerror}")
@@ -337,7 +348,6 @@ def set_up_logging() -> None:
     """Our notes as plain lines on stderr; of the libraries only warnings. Called before they are imported."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("chatglm_ptuning").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels nobody asked for
 
 
 def fail(sentence: str) -> int:

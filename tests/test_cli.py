@@ -63,6 +63,17 @@ def test_without_arguments_it_is_the_demo(monkeypatch: pytest.MonkeyPatch) -> No
             1,
             "error: cannot write out/model: No space left on device\n",
         ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "rows.json/data"),
+            1,
+            "error: cannot write rows.json/data: Not a directory\n",
+        ),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            1,
+            f"error: Python must have the packages of requirements.txt, got {sys.executable} without torch;"
+            " make .venv with bash scripts/setup.sh and run source .venv/bin/activate\n",
+        ),
     ],
 )
 def test_exit_codes(
@@ -128,3 +139,19 @@ def test_module_and_its_exit_code() -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("command", [["-m", "chatglm_ptuning", "train"], ["web_demo.py"]])
+def test_an_interpreter_without_the_packages_is_one_sentence(command: list[str]) -> None:
+    run = subprocess.run(  # -S: without the environment's packages
+        [sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: Python must have the packages of requirements.txt, got ")
+    assert run.stderr.count("\n") == 1
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_command(monkeypatch, ModuleNotFoundError("gone", name="chatglm_ptuning.gone"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["train"])
