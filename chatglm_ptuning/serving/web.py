@@ -75,10 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with listen(args.host, args.port) as probe:  # gradio would say so after the model is loaded
         host, port = probe.getsockname()[:2]
     model_path, adapters = choose_paths(args.model, args.prefix, args.adapter)
-    print(
-        f"opening {shown_path(model_path)}",
-        *(f"with {n} ({shown_path(d)})" for n, d in adapters.items()),
-    )
+    names = ", ".join(f"{name} ({shown_path(path)})" for name, path in adapters.items())
+    print(f"opening {shown_path(model_path)}{f' with {names}' if names else ''}")
     engine = open_engine(
         model_path, adapters, args.template, args.dtype, args.device, args.quantization_bit
     )
