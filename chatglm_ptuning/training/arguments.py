@@ -133,6 +133,11 @@ def check_values(arguments: RunArguments) -> None:
         "dataloader_num_workers": (lambda x: x >= 0, "be 0 or more"),
         "seed": (lambda x: x in seeds, "be 0 or more and under 2**32"),
         "data_seed": (lambda x: x is None or x in seeds, "be null or 0 or more and under 2**32"),
+        f"{_NEW if _NEW in _KNOWN else _OLD}_kwargs": (
+            # The reentrant kind walks back through the prefix once a layer, and its graph is there once.
+            lambda x: not (x or {}).get("use_reentrant"),
+            "leave use_reentrant false",
+        ),
     }
     for field in dataclasses.fields(RunArguments):
         if (choices := field.metadata.get("choices")) is not None:

@@ -7,6 +7,7 @@ it takes seconds.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,7 +65,7 @@ def attach(model: PreTrainedModel, name: str, config: Any) -> None:
     try:
         with trainability_kept(model):
             inject_adapter_in_model(config, model, name)
-    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, re.error) as error:
         detach(model, name)
         raise UserError(
             f"adapter must be one that peft can put into {model.config.model_type}, got an error: {error}"

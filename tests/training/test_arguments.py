@@ -9,6 +9,7 @@ from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.training import arguments
 from chatglm_ptuning.training.arguments import (
     LEARNING_RATES,
+    OTHER_ARGUMENTS,
     default_learning_rate,
     make_arguments,
 )
@@ -47,6 +48,13 @@ def test_more_processes_than_gpus(
             arguments.check_gpus(use_cpu)
     else:
         arguments.check_gpus(use_cpu)
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_reentrant_checkpointing_is_refused(tmp_path: Path, name: str) -> None:
+    settings = {OTHER_ARGUMENTS.get(f"{name}_kwargs", f"{name}_kwargs"): {"use_reentrant": True}}
+    with pytest.raises(UserError, match="_kwargs must leave use_reentrant false, got"):
+        make_arguments(settings, tmp_path)
 
 
 def test_without_validation_rows_nothing_is_evaluated_and_there_is_no_best_step() -> None:

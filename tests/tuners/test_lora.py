@@ -296,6 +296,7 @@ def test_loras_of_other_ranks_are_not_added_linearly() -> None:
     [
         ({"bias": "all"}, r"adapter\.bias must leave the weights of the base alone, got 'all'"),
         ({"init_lora_weights": "pissa"}, r"adapter\.init_lora_weights must leave .* got 'pissa'"),
+        ({"target_modules": "("}, r"adapter must be one that peft can put into glm"),
         ({"target_modules": ["nowhere"]}, r"adapter must be one that peft can put into glm"),
         ({"target_modules": ["q_proj", "norm"]}, r"adapter must be one that peft can put into glm"),
     ],
