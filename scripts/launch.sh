@@ -18,6 +18,10 @@ launch() {
   setup
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > processes ? $(nproc) / processes : 1 ))}"
   if [ -n "${HOSTFILE:-}" ]; then
+    if ! [ -f "$HOSTFILE" ]; then
+      echo "error: HOSTFILE must be a file with lines \`host slots=4\`, got $HOSTFILE" >&2
+      exit 1
+    fi
     local hosts=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
     [ -z "${MASTER_ADDR:-}" ] || hosts+=(--master_addr "$MASTER_ADDR")
     [ -z "${NODE_RANK:-}" ] || hosts+=(--no_ssh --node_rank "$NODE_RANK")

@@ -56,7 +56,7 @@ def run(config: RunConfig) -> None:
     started = time.monotonic()
     arguments = make_arguments(training_settings(config), config.output_dir)
     output_dir, is_main = config.output_dir, arguments.process_index == 0
-    make_writable(output_dir)
+    make_output_dir(arguments)
     if arguments.device.type == "cpu":
         give_freed_memory_back()
     say = print if is_main else lambda text: None
@@ -203,20 +203,39 @@ def run(config: RunConfig) -> None:
         say(report.text())
 
 
-def make_writable(output_dir: Path) -> None:
+def make_output_dir(arguments: RunArguments) -> None:
     """Make the directory of a run, before minutes go into loading.
 
     Raises:
-        UserError: It cannot be made or written to.
+        UserError: It cannot be made or written to, or is another one for another process.
     """
+    output_dir = Path(arguments.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
+        with tempfile.NamedTemporaryFile(dir=output_dir) as file:
+            if arguments.world_size > 1 and not arguments.save_on_each_node:
+                check_shared(output_dir, Path(file.name).name, arguments.world_size)
     except OSError as error:
         raise UserError(
             "training.output_dir must be a directory that can be written to, got "
             f"output_dir={str(output_dir)!r}: {error.strerror}; give another"
         ) from error
+
+
+def check_shared(output_dir: Path, name: str, processes: int) -> None:
+    """Look whether every process sees the file `name` that the first one has in its directory.
+
+    Raises:
+        UserError: They do not: a resumed run would go on from different steps.
+    """
+    names, seen = [""] * processes, [False] * processes
+    torch.distributed.all_gather_object(names, name)
+    torch.distributed.all_gather_object(seen, (output_dir / names[0]).exists())
+    if not all(seen):
+        raise UserError(
+            f"training.output_dir must be one directory for all hosts, got output_dir={str(output_dir)!r}, which "
+            f"process {seen.index(False)} does not share; put it on a file system that every host has"
+        )
 
 
 def two_prompts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -206,8 +206,10 @@ def test_every_mode_trains_saves_evaluates_and_resumes(mode: str, kind: str, hom
     check_resumed(home, mode, [kind])
 
 
-def start_host(home: Path, out: Path, port: int, *more: str) -> subprocess.Popen[str]:
-    """One of two hosts that meet on the loopback: an agent with one process."""
+def start_host(
+    home: Path, out: Path, port: int, *more: str, directory: Path | None = None
+) -> subprocess.Popen[str]:
+    """One of two hosts that meet on the loopback: an agent with one process, in a directory."""
     command = [sys.executable, "-m", "chatglm_ptuning.training.launch", "--nnodes", "2"]
     command += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "test"]
     command += ["--rdzv_endpoint", f"127.0.0.1:{port}", "-m", "chatglm_ptuning", "train"]
@@ -215,12 +217,34 @@ def start_host(home: Path, out: Path, port: int, *more: str) -> subprocess.Popen
     command += ["training.per_device_train_batch_size=2", f"training.output_dir={out}", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 LONG = ["training.max_steps=60", "training.save_steps=1", "data.validation_file=null"]
 LONG += ["training.eval_strategy=no", "training.save_total_limit=2"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_hosts_must_share_the_output_directory(home: Path, tmp_path: Path) -> None:
+    port, directories = free_port(), [tmp_path / "one", tmp_path / "other"]
+    for directory in directories:
+        directory.mkdir()
+    hosts = [start_host(home, Path("out"), port, directory=path) for path in directories]
+    errors = [host.communicate(timeout=100)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [1, 1]
+    assert "training.output_dir must be one directory for all hosts, got " in errors[0] + errors[1]
 
 
 def kill_host(agent: subprocess.Popen[str]) -> None:
@@ -239,9 +263,7 @@ def test_a_host_is_lost_and_the_run_goes_on(home: Path) -> None:
             home / "run.yaml", [*KINDS["ptuning_v2"], *LONG, f"training.output_dir={alone}"]
         )
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     hosts = [start_host(home, out, port) for _ in range(2)]
     while all(host.poll() is None for host in hosts):
         if (out / "checkpoint-6").exists():
