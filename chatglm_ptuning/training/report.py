@@ -24,6 +24,8 @@ from chatglm_ptuning.evaluation.report import (
 )
 from chatglm_ptuning.training.callbacks import duration
 
+SERVED = ("ptuning_v2", "lora", "full")  # the others cannot share a batch with the base
+
 
 @dataclass
 class RunReport:
@@ -83,11 +85,14 @@ class RunReport:
 
     def next_steps(self) -> list[str]:
         """Commands to type next; before them the one after which `python` is this run's, where it is another."""
-        option = "--model" if self.config.adapter.type == "full" else "--prefix"
+        adapter = self.config.adapter
+        option = "--model" if adapter.type == "full" else "--prefix"
         where = shlex.quote(str(self.config.output_dir))
         score = f"bash {from_here(PROJECT / 'scripts' / 'evaluate.sh')} {where}"
+        is_served = adapter.type in SERVED and not adapter.settings.get("use_dora")
+        chat = f"chat with it:    python {from_here(PROJECT / 'web_demo.py')} {option} {where}"
         lines = [
-            f"chat with it:    python {from_here(PROJECT / 'web_demo.py')} {option} {where}",
+            *([chat] if is_served else []),
             f"score it again:  {score}"
             if self.scored
             else f"score it:        {score} data.test_file=FILE",

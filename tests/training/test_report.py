@@ -3,14 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.config import PROJECT, RunConfig
+from chatglm_ptuning.config import PROJECT, AdapterSection, RunConfig
 from chatglm_ptuning.evaluation.predictions import Prediction
 from chatglm_ptuning.evaluation.report import Scored
 from chatglm_ptuning.training.report import RunReport
 
 
-def report(directory: Path, is_scored: bool) -> RunReport:
-    config = RunConfig(training={"output_dir": str(directory)})
+def report(directory: Path, is_scored: bool, adapter: AdapterSection | None = None) -> RunReport:
+    adapter = adapter if adapter is not None else AdapterSection()
+    config = RunConfig(adapter=adapter, training={"output_dir": str(directory)})
     scored = {"base": Scored({"rouge-1": 1.0}, [Prediction(0, "", "", "")])} if is_scored else {}
     return RunReport(config, steps=1, loss=0.5, scored=scored, seconds=1.0)
 
@@ -30,6 +31,19 @@ def test_the_next_commands_can_be_typed(out: Path) -> None:
         f"chat with it:    python web_demo.py --prefix '{out}'",
         f"score it again:  bash scripts/evaluate.sh '{out}'",
     ]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterSection("prompt_tuning"),
+        AdapterSection("ia3"),
+        AdapterSection("lora", settings={"use_dora": True}),
+    ],
+)
+def test_no_chat_is_offered_with_what_is_not_served(out: Path, adapter: AdapterSection) -> None:
+    (line,) = report(out, is_scored=True, adapter=adapter).next_steps()
+    assert line.startswith("score it again:")
 
 
 def test_what_was_not_scored_is_scored_on_a_file(out: Path) -> None:
