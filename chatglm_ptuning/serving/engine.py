@@ -34,10 +34,11 @@ from chatglm_ptuning.tuners import (
     delete_adapter,
     list_adapters,
     load_adapter,
-    lora,
     prefix,
+    prompt,
     set_adapter,
 )
+from chatglm_ptuning.tuners.prefix_init import vector_key_values
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Engine:
     """Owns model, tokenizer, template and adapters, and answers.
 
     Args:
-        model: The model; its prefixes become adapters of the same name. Nobody else may use it any more.
+        model: The model, whose adapters keep their names. Nobody else may use it any more.
         tokenizer: Its tokenizer.
         template: Its chat format.
         limits: Bounds; None takes the defaults.
@@ -69,7 +70,7 @@ class Engine:
         self._context = model.config.max_position_embeddings
         cached = self.limits.max_cached_tokens
         self.max_cached_tokens = cached if cached is not None else fitting_tokens(model)
-        self._adapters: dict[str, Tensor | None]  # a prefix's keys and values; None for LoRA
+        self._adapters: dict[str, Tensor | None]  # keys and values in front; None for LoRA
         self._retired: set[str] = set()  # removed LoRA that still answers
         self._waiting: deque[Answer] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
@@ -127,14 +128,13 @@ class Engine:
         """
         with self._changed:
             key_values = self._find(adapter)
-        if len(prompt_ids) > self.limits.max_prompt_tokens:
-            return 0
         virtual = key_values.shape[3] if key_values is not None else 0
-        return min(
+        longest = min(
             self.limits.max_answer_tokens,
             self._context - len(prompt_ids),
             self.max_cached_tokens - SLACK - virtual - len(prompt_ids),
         )
+        return longest if len(prompt_ids) <= self.limits.max_prompt_tokens else min(longest, 0)
 
     def submit(
         self,
@@ -232,7 +232,7 @@ class Engine:
 
         Args:
             name: What it is called from now on; must be new.
-            directory: A prefix or a LoRA adapter for this base.
+            directory: A prefix, soft prompt or LoRA adapter for this base.
 
         Raises:
             UserError: The name is taken, or the directory holds no adapter for this base that can share a batch; all
@@ -269,7 +269,7 @@ class Engine:
         self._do(self._drop_retired)
 
     def _take(self, name: str) -> Tensor | None:
-        """Keys and values of a prefix, which then leaves the model; None for LoRA, which stays in it.
+        """Keys and values of a prefix or soft prompt, which leaves the model; None for LoRA, which stays in it.
 
         Raises:
             UserError: The adapter cannot share a batch; it has left the model.
@@ -279,16 +279,28 @@ class Engine:
             delete_adapter(self.model, name)
             return key_values
         try:
-            if name not in lora.names(self.model):
-                raise UserError(
-                    f"an adapter that is served must be a prefix or plain LoRA, got {name!r} of another kind; use"
-                    " `python -m chatglm_ptuning evaluate` for it"
-                )
+            if name in prompt.names(self.model):
+                return self._take_prompt(name)
             set_adapter(self.model, [name, None])
         except UserError:
             delete_adapter(self.model, name)
             raise
         return None
+
+    def _take_prompt(self, name: str) -> Tensor:
+        """The keys and values that a soft prompt amounts to; it leaves the model.
+
+        Raises:
+            UserError: The base reads prompts in both directions; it has not left the model.
+        """
+        if hasattr(self.model.get_decoder(), "get_position_ids"):
+            raise UserError(
+                "a soft prompt that is served must not depend on the text behind it, which it sees in ChatGLM-6B, got"
+                f" {name!r}; use `python -m chatglm_ptuning evaluate` for it"
+            )
+        vectors = prompt.encoder_of(self.model, name).eval()()
+        delete_adapter(self.model, name)
+        return vector_key_values(self.model, vectors).contiguous()
 
     def _drop_retired(self) -> None:
         """Take removed LoRA out of the model once nobody answers with it."""

@@ -55,15 +55,28 @@ def init_from_text(model: PreTrainedModel, name: str, token_ids: Sequence[int]) 
 
 def text_key_values(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     """What the base alone computes for P tokens at the positions -P to -1: [L, 2, K, P, D], keys first."""
-    decoder, was_training = model.get_decoder(), model.training
+    decoder = model.get_decoder()
     ids = torch.tensor([token_ids], device=model.get_input_embeddings().weight.device)
     if hasattr(decoder, "get_position_ids"):  # ChatGLM-6B's, on two axes: the first one counts
         positions = decoder.get_position_ids(ids)
         positions.view(-1, ids.shape[1])[0] -= ids.shape[1]
     else:
         positions = torch.arange(-ids.shape[1], 0, device=ids.device)[None]
+    return key_values(model, input_ids=ids, position_ids=positions)
+
+
+def vector_key_values(model: PreTrainedModel, vectors: Tensor) -> Tensor:
+    """As `text_key_values`, of embeddings [P, H]: what a soft prompt is to a causal decoder with rotary positions."""
+    embeddings = vectors.to(model.get_input_embeddings().weight)[None]
+    positions = torch.arange(-len(vectors), 0, device=embeddings.device)[None]
+    return key_values(model, inputs_embeds=embeddings, position_ids=positions)
+
+
+def key_values(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """The cache that the base alone makes of one row: [L, 2, K, tokens, D], keys first."""
+    was_training = model.training
     model.eval()
     with disable_adapters(model):
-        cache = decoder(input_ids=ids, position_ids=positions, use_cache=True).past_key_values
+        cache = model.get_decoder()(**inputs, use_cache=True).past_key_values
     model.train(was_training)
     return torch.stack([torch.cat((layer.keys, layer.values)) for layer in cache.layers])

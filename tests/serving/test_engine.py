@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -10,7 +11,15 @@ from chatglm_ptuning.serving.answer import Update
 from chatglm_ptuning.serving.engine import Engine
 from chatglm_ptuning.serving.limits import BusyError, Limits, TooLongError
 from chatglm_ptuning.serving.sampling import Sampling
-from chatglm_ptuning.tuners import list_adapters
+from chatglm_ptuning.tuners import (
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    add_adapter,
+    list_adapters,
+    prompt,
+    save_adapter,
+    set_adapter,
+)
 from tests.serving.conftest import Base
 
 LONG = Sampling(max_tokens=200)
@@ -157,6 +166,55 @@ def test_removed_lora_leaves_though_its_last_answer_ends_in_joining(
     engine.remove_adapter("lora")
     last(queue)
     engine.add_adapter("lora", saved["lora"])
+    engine.close()
+
+
+def test_soft_prompts_and_prefixes_answer_in_one_batch_as_alone(bases: dict[str, Base]) -> None:
+    base = Base(copy.deepcopy(bases["glm"].model), bases["glm"].tokenizer, bases["glm"].template)
+    torch.manual_seed(1)
+    for config, name in (
+        (PromptTuningConfig(num_virtual_tokens=7), "soft"),
+        (PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16), "mlp"),
+    ):
+        add_adapter(base.model, config, name)
+        for parameter in prompt.parameters(base.model, name):
+            torch.nn.init.normal_(parameter)
+    base.model.eval()
+    ids = base.template.encode_prompt(base.tokenizer, [Message("user", "裙")])
+    names, expected = ["soft", "p5", "mlp", "p13", None, "lora"], []
+    for name in names:
+        set_adapter(base.model, name)
+        expected.append(
+            base.model.generate(
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=24,
+                min_new_tokens=24,
+                pad_token_id=0,
+            )[0, len(ids) :].tolist()
+        )
+    assert len(set(map(tuple, expected))) == len(names)
+    engine = base.engine()
+    queues: list[SimpleQueue[Update]] = [SimpleQueue() for _ in names]
+    asked = zip(names, queues, strict=True)
+    answers = [engine.submit(ids, queue.put, Sampling(24), name) for name, queue in asked]
+    for queue in queues:
+        last(queue)
+    engine.close()
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert answer.text.ids == wanted[: answer.num_tokens]
+        assert answer.num_tokens > 8
+
+
+def test_soft_prompt_of_chatglm_is_refused(bases: dict[str, Base], tmp_path: Path) -> None:
+    model = copy.deepcopy(bases["chatglm"].model)
+    add_adapter(model, PromptTuningConfig(num_virtual_tokens=4), "soft")
+    save_adapter(model, tmp_path, "soft")
+    engine = bases["chatglm"].engine()
+    with pytest.raises(UserError, match="must not depend on the text behind it"):
+        engine.add_adapter("soft", tmp_path)
+    assert "soft" not in engine.adapters
     engine.close()
 
 
