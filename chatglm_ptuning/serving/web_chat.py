@@ -217,17 +217,18 @@ def explain(error: Exception, language: str) -> str:
     return texts["refused"].format(error=error)
 
 
-def room(engine: Engine, prompt_tokens: int, max_tokens: int) -> int:
+def room(engine: Engine, prompt_ids: list[int], adapter: str | None, max_tokens: int) -> int:
     """The longest answer that a prompt leaves room for, at most `max_tokens`.
 
     Raises:
         PromptTooLongError: None.
+        UserError: No such adapter.
     """
-    context = engine.model.config.max_position_embeddings
-    limit = min(engine.limits.max_prompt_tokens, context - 1)
-    if prompt_tokens > limit:
-        raise PromptTooLongError(prompt_tokens, limit)
-    return min(max_tokens, context - prompt_tokens)
+    tokens, longest = len(prompt_ids), engine.longest_answer(prompt_ids, adapter)
+    if longest < 1:
+        limit = min(engine.limits.max_prompt_tokens, tokens + longest - 1)
+        raise PromptTooLongError(tokens, limit)
+    return min(max_tokens, longest)
 
 
 class PromptTooLongError(UserError):

@@ -1,5 +1,6 @@
 """What happens on the web page."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from html import escape
@@ -148,8 +149,10 @@ class WebPage(PageLayout):
             chat, language, statuses, gr.update(value="", submit_btn=False, stop_btn=True)
         )
         try:
-            requests = [
-                self.request(side, name, remember, system, tools, *sampling)
+            requests = [  # long messages take their time; other visitors' answers go on meanwhile
+                await asyncio.to_thread(
+                    self.request, side, name, remember, system, tools, *sampling
+                )
                 for side, name in zip(asked, names, strict=True)
             ]
             progress = [Progress(len(request.prompt_ids)) for request in requests]
@@ -185,16 +188,17 @@ class WebPage(PageLayout):
         """
         offered = read_tools(tools)
         ids = self.engine.encode(to_encode(messages, system, remember), offered)
+        adapter = name if name != BASE else None
         temperature, top_p, top_k, repetition_penalty, max_tokens, seed = sampling
         chosen = Sampling(
-            max_tokens=room(self.engine, len(ids), int(max_tokens)),
+            max_tokens=room(self.engine, ids, adapter, int(max_tokens)),
             temperature=temperature,
             top_p=top_p,
             top_k=int(top_k),
             repetition_penalty=repetition_penalty,
             seed=read_seed(seed),
         )
-        return Request(ids, chosen, name if name != BASE else None, offered)
+        return Request(ids, chosen, adapter, offered)
 
     def view(
         self, chat: Chat, language: str, statuses: list[str], box: Any, notice: str = ""
@@ -218,7 +222,7 @@ class WebPage(PageLayout):
         """The answer ends here; if there is none yet, its message goes back into the box."""
         chat.turn += 1
         text = None
-        if all(side[-1].role != "assistant" for side in chat.sides if side):
+        if chat.sides[0] and all(side[-1].role != "assistant" for side in chat.sides if side):
             text = chat.sides[0][-1].content
             chat.sides = [side[:-1] for side in chat.sides]
         for side in chat.sides:

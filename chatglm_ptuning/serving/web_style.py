@@ -57,7 +57,6 @@ CSS = """
 .gradio-container .app { width: 100%; max-width: none !important; padding: 0 !important; }
 .gradio-container main { width: 100%; max-width: none !important; padding: 14px 20px 20px !important; }
 #head { align-items: center; flex-wrap: nowrap; }
-#title { padding: 0 !important; }
 #title h1 { font-size: 20px; font-weight: 650; margin: 0; line-height: 1.3; }
 #title p { margin: 2px 0 0; font-size: 13px; color: var(--block-info-text-color); overflow-wrap: anywhere; }
 #language { flex: 0 0 auto; min-width: 0 !important; width: auto; border: 0; padding: 0; background: none; }

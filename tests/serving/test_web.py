@@ -8,7 +8,9 @@ from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.serving import web, web_chat
 from chatglm_ptuning.serving.answer import Update
 from chatglm_ptuning.serving.engine import BusyError
+from chatglm_ptuning.serving.limits import Limits
 from chatglm_ptuning.serving.opening import DEMO_MODEL
+from chatglm_ptuning.serving.web_page import WebPage
 from chatglm_ptuning.serving.web_run import Run, read_run, run_html
 from chatglm_ptuning.serving.web_text import TEXTS
 
@@ -97,6 +99,25 @@ def test_progress_counts_and_names_the_reason():
     assert progress.text("en") == "The answer broke off: out of memory"
 
 
+@pytest.mark.parametrize(
+    ("limits", "context", "limit"),
+    [
+        (Limits(max_prompt_tokens=300), 512, 300),
+        (Limits(), 512, 511),
+        (Limits(max_cached_tokens=228), 512, 99),
+    ],
+)
+def test_answer_has_the_room_that_the_engine_has(bases, limits, context, limit):
+    engine = bases["glm"].engine(limits=limits)
+    engine._context = context
+    assert web_chat.room(engine, [5] * 90, None, 5) == 5
+    assert 1 <= web_chat.room(engine, [5] * limit, None, 2000) <= engine.limits.max_answer_tokens
+    with pytest.raises(web_chat.PromptTooLongError) as error:
+        web_chat.room(engine, [5] * (limit + 400), None, 5)
+    assert (error.value.got, error.value.limit) == (limit + 400, limit)
+    engine.close()
+
+
 class OneAnswer:
     """Stands for an engine: tells two updates at once, and remembers what was cancelled."""
 
@@ -137,6 +158,14 @@ def test_closing_the_stream_cancels_the_answers():
 
     asyncio.run(leave())
     assert engine.cancelled == 2
+
+
+def test_second_stop_finds_nothing_to_take_back():
+    chat = web_chat.Chat([[Message("user", "一")], []])
+    page = object.__new__(WebPage)
+    assert page.stop(chat, "en")[-1]["value"] == "一"
+    assert "value" not in page.stop(chat, "en")[-1]
+    assert chat.sides == [[], []]
 
 
 # ---- records

@@ -11,7 +11,7 @@ import torch
 
 from chatglm_ptuning.loading import load_model
 from chatglm_ptuning.serving import web
-from chatglm_ptuning.serving.opening import open_engine
+from chatglm_ptuning.serving.opening import DEMO_MODEL, open_engine
 from chatglm_ptuning.tuners import PrefixTuningConfig, add_adapter, save_adapter
 
 CHROMIUM = shutil.which("chromium")
@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "ads"
-    model = load_model(web.DEMO_MODEL, "float32", "cpu")
+    model = load_model(DEMO_MODEL, "float32", "cpu")
     add_adapter(model, PrefixTuningConfig(num_virtual_tokens=32), "ads")
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -41,9 +41,9 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def urls(adapter):
-    engine = open_engine(web.DEMO_MODEL, {"ads": adapter}, dtype="float32", device="cpu")
+    engine = open_engine(DEMO_MODEL, {"ads": adapter}, dtype="float32", device="cpu")
     engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # a slow model
-    pages = [web.make_page(engine, {"ads": adapter}, web.DEMO_MODEL, None) for _ in range(2)]
+    pages = [web.make_page(engine, {"ads": adapter}, DEMO_MODEL, None) for _ in range(2)]
     ports = [free_port() for _ in pages]
     web.launch(pages[0], "127.0.0.1", ports[0])
     web.launch(pages[1], "127.0.0.1", ports[1], web.parse_auth("ann:a:b"))
