@@ -25,6 +25,7 @@ from chatglm_ptuning.evaluation.report import (
 from chatglm_ptuning.loading import is_adapter, template_of
 from chatglm_ptuning.models.loading import load_base_model
 from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
+from chatglm_ptuning.training.checkpoints import checkpoints
 from chatglm_ptuning.tuners import disable_adapters, load_adapter
 
 DIRECTORY = "evaluation"  # inside the one that is scored
@@ -41,11 +42,17 @@ def evaluate_directory(path: Path, overrides: Sequence[str], resume: bool) -> No
         resume: Keep the answers that an interrupted evaluation wrote.
 
     Raises:
-        UserError: There is no such directory, or no data to score on.
+        UserError: There is no such directory, nothing in it to score, or no data to score on.
     """
     if not path.is_dir():
         raise UserError(
             f"what is scored must be a directory or a predictions.jsonl, got {str(path)!r}; train one first"
+        )
+    if not (is_adapter(path) or (path / "config.json").is_file()):
+        newest = next(iter(checkpoints(path)), None)
+        advice = f"its training was interrupted at {newest}" if newest else "train one first"
+        raise UserError(
+            f"what is scored must hold an adapter or a model, got {str(path)!r} without either; {advice}"
         )
     config = config_of(path, overrides)
     files = config.data.test_file or config.data.validation_file

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -185,7 +186,13 @@ def run(config: RunConfig) -> None:
         step = trainer.state.global_step
         say(f"SIGTERM: step {step} is saved, training.resume_from_checkpoint=true goes on from it")
         raise Terminated
-    trainer.save_model(str(output_dir))
+    try:
+        trainer.save_model(str(output_dir))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"what was trained could not be written to {output_dir}: {error}; make room and go on with "
+            "training.resume_from_checkpoint=true"
+        ) from error
     if prompts:
         say(f"scoring the tuned model on {plural(len(prompts), 'row')}")
         score_tuned(prompts, PREDICTIONS)
@@ -290,8 +297,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
     """The section `training`, with what other sections say about it.
 
     Raises:
-        UserError: `model.device` names a single GPU, where the processes have one each; or the best step is asked for
-            and there is nothing to find it with.
+        UserError: `model.device` names a single GPU, where the processes have one each, or one that is not there; or
+            the best step is asked for and there is nothing to find it with.
     """
     settings, device = dict(config.training), config.model.device
     if not config.data.validation_file:
@@ -307,6 +314,8 @@ def training_settings(config: RunConfig) -> dict[str, Any]:
         raise UserError(
             f"model.device must be cpu or cuda in training, got {device!r}; choose a GPU by CUDA_VISIBLE_DEVICES"
         )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device must be cpu or null without a GPU, got 'cuda'; leave it out")
     return {"use_cpu": device == "cpu"} | settings
 
 

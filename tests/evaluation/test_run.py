@@ -121,3 +121,15 @@ def test_something_must_be_there_to_score(
     (adapter / "run_config.yaml").unlink()
     assert cli.main(["evaluate", str(adapter)]) == 1
     assert "must hold run_config.yaml to be scored" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_names_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", str(tmp_path)]) == 1
+    assert "without either; train one first" in capsys.readouterr().err
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert cli.main(["evaluate", str(tmp_path)]) == 1
+    newest = tmp_path / "checkpoint-10"
+    assert f"its training was interrupted at {newest}\n" in capsys.readouterr().err

@@ -1,8 +1,11 @@
 """Where a run starts: what it goes on from, and what it leaves alone."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -10,6 +13,7 @@ from torch.testing import assert_close
 
 from chatglm_ptuning.evaluation.predictions import read_predictions
 from chatglm_ptuning.training.checkpoints import MANIFEST_FILE, checkpoints
+from chatglm_ptuning.training.trainer import AdapterTrainer
 from tests.training.conftest import Command, adapter_is, losses
 
 
@@ -180,3 +184,43 @@ def test_a_base_that_is_no_more_is_not_scored(
     assert command("training.max_steps=2") == 0
     assert command("training.resume_from_checkpoint=true", "data.max_eval_samples=2") == 1
     assert "the base must be scored before its weights change, but " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "message"),
+    [
+        (
+            signal.SIGTERM,
+            3,
+            "SIGTERM: step 3 is saved, training.resume_from_checkpoint=true goes on",
+        ),
+        (
+            signal.SIGINT,
+            2,
+            "training.resume_from_checkpoint=true goes on from {out}/checkpoint-2\n",
+        ),
+    ],
+)
+def test_an_interrupted_run_says_how_to_go_on(
+    number: signal.Signals,
+    step: int,
+    message: str,
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute_loss, out = AdapterTrainer.compute_loss, tmp_path / "out"
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), number)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", interrupted)
+    assert command() == 130
+    said = capsys.readouterr()
+    assert message.format(out=out) in said.out
+    assert said.err.endswith("interrupted\n")
+    assert max(losses(out)) == step
+    assert checkpoints(out)[0] == out / f"checkpoint-{step}"

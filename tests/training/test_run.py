@@ -1,6 +1,5 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -16,7 +16,6 @@ from chatglm_ptuning.config import RunConfig
 from chatglm_ptuning.models.loading import load_base_model
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training import run as workflow
-from chatglm_ptuning.training.checkpoints import checkpoints
 from tests.training.conftest import COLOURS, Command, adapter_is, losses
 
 
@@ -122,6 +121,11 @@ def test_best_checkpoint_is_kept_and_a_stalled_run_ends(command: Command, tmp_pa
             "the model's path must be a directory on this machine, got path='/nowhere'",
         ),
         ("model.device=cuda:1", "model.device must be cpu or cuda in training, got 'cuda:1'"),
+        pytest.param(
+            "model.device=cuda",
+            "model.device must be cpu or null without a GPU, got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+        ),
         ("model.template=chatglm3", "model.template must fit the tokenizer, got 'chatglm3'"),
         ("data.train_file=nowhere.json", "nowhere.json"),
         ("data.prompt_column=question", "data.prompt_column"),
@@ -200,46 +204,6 @@ def test_lost_run_names_the_last_good_checkpoint(
         .err.splitlines()[-1]
         .endswith(f"the last good checkpoint is {tmp_path / 'out' / 'checkpoint-2'}")
     )
-
-
-@pytest.mark.parametrize(
-    ("number", "step", "message"),
-    [
-        (
-            signal.SIGTERM,
-            3,
-            "SIGTERM: step 3 is saved, training.resume_from_checkpoint=true goes on",
-        ),
-        (
-            signal.SIGINT,
-            2,
-            "training.resume_from_checkpoint=true goes on from {out}/checkpoint-2\n",
-        ),
-    ],
-)
-def test_an_interrupted_run_says_how_to_go_on(
-    number: signal.Signals,
-    step: int,
-    message: str,
-    command: Command,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compute_loss, out = workflow.AdapterTrainer.compute_loss, tmp_path / "out"
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 2:
-            os.kill(os.getpid(), number)
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(workflow.AdapterTrainer, "compute_loss", interrupted)
-    assert command() == 130
-    said = capsys.readouterr()
-    assert message.format(out=out) in said.out
-    assert said.err.endswith("interrupted\n")
-    assert max(losses(out)) == step
-    assert checkpoints(out)[0] == out / f"checkpoint-{step}"
 
 
 def test_generation_is_tried_before_the_first_step(
@@ -422,3 +386,32 @@ print(subprocess.check_output([sys.executable, "-c", code], text=True))
 def test_peak_memory_is_not_the_parents() -> None:
     peak = int(subprocess.check_output([sys.executable, "-c", LARGE_PARENT], text=True))
     assert 100 * 2**20 < peak < 700 * 2**20
+
+
+def test_a_disk_full_at_the_end_is_one_sentence(
+    command: Command,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = ChatGLMForConditionalGeneration.save_pretrained
+
+    def save_pretrained(self: PreTrainedModel, directory: Path, **settings: Any) -> None:
+        if directory == tmp_path / "out":
+            raise SafetensorError("No space left on device")
+        save(self, directory, **settings)
+
+    monkeypatch.setattr(ChatGLMForConditionalGeneration, "save_pretrained", save_pretrained)
+    adapter_is(tmp_path, "type: full")
+    assert command("data.test_file=null", "data.validation_file=null") == 1
+    assert f"could not be written to {tmp_path / 'out'}: No space" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert (
+        command(
+            "training.resume_from_checkpoint=true",
+            "data.test_file=null",
+            "data.validation_file=null",
+        )
+        == 0
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
