@@ -132,10 +132,8 @@ class PrefixEncoder(nn.Module):
         Computed once per state of the parameters where no gradient is wanted, anew at every step otherwise: the graph
         behind it can be walked back only once. ZeRO-3 gathers and frees parameters in each process's own memory, which
         tells nothing of their state; and were only some of the processes to compute it, all would wait for ever.
-        Parameters made under `torch.inference_mode()` tell nothing of it either.
         """
-        weight = self.embedding.weight
-        if torch.is_grad_enabled() or hasattr(weight, "ds_id") or weight.is_inference():
+        if torch.is_grad_enabled() or hasattr(self.embedding.weight, "ds_id"):
             self._memo = None
             return self._encode()
         state = [(p.data_ptr(), p._version) for p in self.parameters()]
@@ -167,6 +165,7 @@ class PrefixTuning(nn.Module):
         super().__init__()
         self.encoders: dict[str, PrefixEncoder] = nn.ModuleDict()  # type: ignore[assignment]
         self.active: list[str | None] = []
+        self._names = list(inspect.signature(decoder.forward).parameters)
         wrap_attention(decoder)
         self._hook = decoder.register_forward_pre_hook(partial(self._hand_in), with_kwargs=True)
 
@@ -220,9 +219,7 @@ class PrefixTuning(nn.Module):
         self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Add the prefix to a forward call of the decoder, and positions that do not count padding."""
-        kwargs = (
-            dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
-        )
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         tokens = (
             kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         )
@@ -267,9 +264,10 @@ def attach(model: PreTrainedModel, name: str, config: PrefixTuningConfig) -> Non
     Raises:
         UserError: It does not fit the model.
     """
-    encoder = PrefixEncoder(config.fit(model.config))
     decoder = model.get_decoder()
-    encoder.to(device=decoder.get_input_embeddings().weight.device, dtype=torch.float32)
+    with torch.inference_mode(False):  # else the parameters do not count their changes
+        encoder = PrefixEncoder(config.fit(model.config))
+        encoder.to(device=decoder.get_input_embeddings().weight.device, dtype=torch.float32)
     if prefix_tuning_of(model) is None:
         decoder.prefix_tuning = PrefixTuning(decoder).train(model.training)
     decoder.prefix_tuning.encoders[name] = encoder.train(model.training)

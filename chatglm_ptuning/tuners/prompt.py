@@ -53,6 +53,7 @@ class PromptTuning(nn.Module):
         super().__init__()
         self.encoders = nn.ModuleDict()
         self.active: list[str | None] = []
+        self._names = list(inspect.signature(decoder.forward).parameters)
         self._columns: Tensor | None = None  # [B, S], where the tokens of the running call are
         # Before other hooks: a prefix then meets rows that are as long as they are going to be.
         self._hooks = [
@@ -106,9 +107,8 @@ class PromptTuning(nn.Module):
         if not any(self.active):
             return args, kwargs
         # Every decoder of transformers has these five first; from 5.24 on the fourth is named "cache".
-        names = list(inspect.signature(decoder.forward).parameters)
-        call = dict(zip(names, args, strict=False)) | kwargs
-        ids, mask, positions, cache, embeddings = map(call.get, names[:5])
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        ids, mask, positions, cache, embeddings = map(call.get, self._names[:5])
         tokens: Any = ids if embeddings is None else embeddings
         check_room(mask, cache)
         rows = self.rows(tokens.shape[0])

@@ -343,3 +343,11 @@ def test_loaded_under_inference_mode(tmp_path):
     load_adapter(model, tmp_path)
     ids = torch.tensor(ROWS[:1])
     assert_close(model(ids).logits, tuned("llama")(ids).logits, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_compiled_in_one_graph():
+    ids = torch.tensor(ROWS[:1])
+    compiled = torch.compile(tuned("glm"), backend="eager", fullgraph=True)
+    expected = tuned("glm")(ids).logits
+    assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
