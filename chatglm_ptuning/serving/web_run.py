@@ -1,7 +1,6 @@
 """What an adapter's directory tells of its training: for the page's second tab, and examples to try."""
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -13,6 +12,7 @@ from chatglm_ptuning.data.conversation import Conversation
 from chatglm_ptuning.data.dataset import load_conversations
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.predictions import read_predictions
+from chatglm_ptuning.models.loading import read_json
 from chatglm_ptuning.serving.web_text import TEXTS
 
 EXAMPLES = 4
@@ -63,12 +63,16 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Read the records in a directory, which may lack any of them."""
+    """Read the records in a directory, which may lack any of them.
+
+    Raises:
+        UserError: One of them is damaged.
+    """
     run = Run(directory)
     if (directory / "loss.png").is_file():
         run.curve = (directory / "loss.png").read_bytes()
     if (directory / "scores.json").is_file():
-        run.scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
+        run.scores = read_json(directory / "scores.json")
     base, tuned = (
         read_predictions(directory / name) if (directory / name).is_file() else []
         for name in (BASE_PREDICTIONS, PREDICTIONS)

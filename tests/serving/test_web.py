@@ -186,6 +186,12 @@ def test_records_of_a_run(tmp_path):
     assert '<dd class="base">q</dd>' in html
 
 
+def test_damaged_scores_are_named(tmp_path):
+    (tmp_path / "scores.json").write_text('{"base": {"rouge-l"', encoding="utf-8")
+    with pytest.raises(UserError, match=r"scores\.json must be JSON"):
+        read_run(tmp_path)
+
+
 def test_examples_come_from_the_data(tmp_path):
     data = tmp_path / "test.json"
     system, user = {"role": "system", "content": "令"}, {"role": "user", "content": "题"}
