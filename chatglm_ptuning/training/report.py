@@ -24,7 +24,8 @@ from chatglm_ptuning.evaluation.report import (
 )
 from chatglm_ptuning.training.callbacks import duration
 
-SERVED = ("ptuning_v2", "lora", "full")  # the others cannot share a batch with the base
+SERVED = ("ptuning_v2", "lora", "full")  # adalora and ia3 cannot share a batch with the base
+SERVED_IF_CAUSAL = ("prompt_tuning", "ptuning_v1")  # in ChatGLM-6B they see the text behind them
 
 
 @dataclass
@@ -89,7 +90,9 @@ class RunReport:
         option = "--model" if adapter.type == "full" else "--prefix"
         where = shlex.quote(str(self.config.output_dir))
         score = f"bash {from_here(PROJECT / 'scripts' / 'evaluate.sh')} {where}"
-        is_served = adapter.type in SERVED and not adapter.settings.get("use_dora")
+        is_causal = self.config.model.template != "chatglm"
+        served = SERVED + SERVED_IF_CAUSAL if is_causal else SERVED
+        is_served = adapter.type in served and not adapter.settings.get("use_dora")
         chat = f"chat with it:    python {from_here(PROJECT / 'web_demo.py')} {option} {where}"
         lines = [
             *([chat] if is_served else []),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.config import PROJECT, AdapterSection, RunConfig
+from chatglm_ptuning.config import PROJECT, AdapterSection, ModelSection, RunConfig
 from chatglm_ptuning.evaluation.predictions import Prediction
 from chatglm_ptuning.evaluation.report import Scored
 from chatglm_ptuning.training.report import RunReport
@@ -11,7 +11,8 @@ from chatglm_ptuning.training.report import RunReport
 
 def report(directory: Path, is_scored: bool, adapter: AdapterSection | None = None) -> RunReport:
     adapter = adapter if adapter is not None else AdapterSection()
-    config = RunConfig(adapter=adapter, training={"output_dir": str(directory)})
+    model = ModelSection(template="chatglm")
+    config = RunConfig(model, adapter=adapter, training={"output_dir": str(directory)})
     scored = {"base": Scored({"rouge-1": 1.0}, [Prediction(0, "", "", "")])} if is_scored else {}
     return RunReport(config, steps=1, loss=0.5, scored=scored, seconds=1.0)
 
@@ -44,6 +45,12 @@ def test_the_next_commands_can_be_typed(out: Path) -> None:
 def test_no_chat_is_offered_with_what_is_not_served(out: Path, adapter: AdapterSection) -> None:
     (line,) = report(out, is_scored=True, adapter=adapter).next_steps()
     assert line.startswith("score it again:")
+
+
+def test_a_soft_prompt_is_served_on_the_causal_families(out: Path) -> None:
+    run = report(out, is_scored=True, adapter=AdapterSection("ptuning_v1"))
+    run.config.model.template = "chatglm3"
+    assert run.next_steps()[0].startswith("chat with it:")
 
 
 def test_what_was_not_scored_is_scored_on_a_file(out: Path) -> None:

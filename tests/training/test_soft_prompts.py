@@ -103,7 +103,7 @@ def test_serving_refuses_it_in_one_sentence(
     model = load_model(checkpoint("chatglm"), dtype="float32", device="cpu")
     engine = Engine(model, tokenizer, template_of(tokenizer, "chatglm", []))
     try:
-        with pytest.raises(UserError, match="must not depend on the text behind it.* got 'ads'"):
+        with pytest.raises(UserError, match=r"must not depend on the text behind it.* got 'ads'"):
             engine.add_adapter("ads", tmp_path / "out")
         assert engine.adapters == []
     finally:
