@@ -403,6 +403,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Number the whole sequence, then keep what the cache does not hold yet.
@@ -412,6 +413,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             next_sequence_length: How many of the last tokens to run; None for all.
             past_key_values: Cache of the earlier ones.
             attention_mask: [B, T].
+            cache: What transformers calls `past_key_values` from 5.24 on.
             kwargs: What `generate` was given.
 
         Returns:
@@ -420,6 +422,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Raises:
             UserError: The ids of the cached tokens are missing, or the prompt comes in pieces.
         """
+        past_key_values = cache if cache is not None else past_key_values
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if next_sequence_length is None and past:
             raise UserError(

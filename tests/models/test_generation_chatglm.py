@@ -127,3 +127,12 @@ def test_several_samples_of_a_prompt_are_repeatable(model, tensors):
         draws.append(new_tokens(model, inputs, **options))
     assert draws[0] == draws[1]
     assert len({tuple(row) for row in draws[0]}) == 6
+
+
+def test_the_cache_has_either_name(model, tensors):
+    inputs = prompt(tensors, "gen_b1")
+    cache = model(**inputs, past_key_values=DynamicCache()).past_key_values
+    ids = torch.cat((inputs["input_ids"], inputs["input_ids"][:, -1:]), dim=1)
+    for name in ("past_key_values", "cache"):  # until and from transformers 5.24
+        prepared = model.prepare_inputs_for_generation(ids, 1, **{name: cache})
+        assert prepared["past_key_values"] is cache
