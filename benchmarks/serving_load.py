@@ -3,7 +3,8 @@
 The server is a process of its own (`python -m chatglm_ptuning serve`) with the base and random prefixes of several
 lengths. The greedy answer to every (model, prompt) is asked for once, alone; afterwards each client asks for one after
 another without a pause, every other one as a stream, and each answer must be the known one
-(float32: in bfloat16 the likeliest two tokens may change places with the batch).
+(float32: in bfloat16 the likeliest two tokens may change places with the batch, and oneDNN keeps the code that it
+generates for each of the last 1,024 shapes, so memory grows for minutes; ONEDNN_PRIMITIVE_CACHE_CAPACITY bounds it).
 
     python benchmarks/serving_load.py --clients 64 --seconds 120
 """
