@@ -11,7 +11,6 @@ are relative to the project.
 import dataclasses
 import difflib
 import os
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
+from chatglm_ptuning.config_file import COMMAND_LINE, lay_over, read_yaml
 from chatglm_ptuning.data.config import DataConfig
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.training.arguments import OTHER_ARGUMENTS, RENAMED_ARGUMENTS, RunArguments
@@ -193,6 +193,9 @@ class RunConfig:
             UserError: Not YAML, not a mapping, an unknown key, a value of the wrong type.
         """
         values, places = read_yaml(Path(file)) if file is not None else ({}, {})
+        if file is not None and Path(file).resolve().parent == PROJECT / "configs":
+            inputs = PATHS | {"training": ("deepspeed",)}
+            change_paths(values, inputs, lambda x: os.path.relpath(PROJECT / os.path.expanduser(x)))
         values.pop("versions", None)  # written by `save`
         for override in overrides:
             lay_over(values, places, override)
@@ -239,63 +242,6 @@ class RunConfig:
         (Path(directory) / RUN_CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-class Loader(yaml.SafeLoader):
-    """PyYAML's YAML 1.1, but 1e-4 is a number, and yes, no, on and off are text (`eval_strategy: no`)."""
-
-
-BOOL, FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-Loader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if resolver[0] != BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver(BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-Loader.add_implicit_resolver(
-    FLOAT, re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in a file, and `file:line` of each key (`section`, `section.key`).
-
-    Raises:
-        UserError: No such file, not UTF-8, not YAML, not a mapping, a key twice.
-    """
-    try:
-        loader = Loader(file.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node is not None else {}
-    except OSError as error:
-        raise UserError(f"config file must be readable, got {file}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
-        raise UserError(f"{file}: a config file must be UTF-8 text; {error}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-        raise UserError(f"{file}:{line}: must be YAML, but {error.problem}") from None
-    except ValueError as error:  # a date that is none
-        raise UserError(f"{file}: must be YAML, but {error}; put dates in quotes") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}:1: a config must be sections of keys, got {values!r}")
-    places: dict[str, str] = {}
-    if node is not None:
-        note_places(node, str(file), "", places)
-    if file.resolve().parent == PROJECT / "configs":
-        inputs = PATHS | {"training": ("deepspeed",)}
-        change_paths(values, inputs, lambda x: os.path.relpath(PROJECT / os.path.expanduser(x)))
-    return values, places
-
-
-def note_places(node: yaml.Node, file: str, prefix: str, places: dict[str, str]) -> None:
-    """Fill `places` with `file:line` of the keys of a mapping node and of the mappings in it."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key_node, value_node in node.value:
-        name, place = f"{prefix}{key_node.value}", f"{file}:{key_node.start_mark.line + 1}"
-        if name in places:
-            raise UserError(f"{place}: {name} must stand once, it is also at {places[name]}")
-        places[name] = place
-        note_places(value_node, file, f"{name}.", places)
-
-
 def change_paths(values: dict, keys: dict[str, tuple], change: Callable[[str], str]) -> None:
     """Change the paths at these keys of the sections."""
     for section in keys.keys() & values.keys():
@@ -307,35 +253,6 @@ def change_paths(values: dict, keys: dict[str, tuple], change: Callable[[str], s
                     content[key] = [change(x) if isinstance(x, str) else x for x in value]
 
 
-def lay_over(values: dict[str, Any], places: dict[str, str], override: str) -> None:
-    """Set one `section.key=value`, the value read as YAML.
-
-    Raises:
-        UserError: Another form.
-    """
-    name, equals, text = override.partition("=")
-    *parents, key = name.split(".")
-    if not (equals and parents and all(parents) and key):
-        raise UserError(f"an override must be section.key=value, got {override!r}")
-    try:
-        value = yaml.load(text, Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
-        raise UserError(
-            f"the value of {name} must be YAML, got {text!r}; put it in quotes"
-        ) from None
-    for depth, parent in enumerate(parents):
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        places.setdefault(".".join(parents[: depth + 1]), "command line")
-        if not isinstance(values, dict):
-            raise UserError(
-                f"command line: {'.'.join(parents[: depth + 1])} must hold keys, got {values!r}"
-            )
-    values[key] = value
-    places[name] = "command line"
-
-
 def check_keys(
     values: Mapping[str, Any], known: list[str], prefix: str, places: dict[str, str]
 ) -> None:
@@ -343,10 +260,14 @@ def check_keys(
     for key in values:
         if key not in known:
             name = f"{prefix}{key}"
+            place = places.get(name, "config")
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
-            hint = RENAMED_ARGUMENTS.get(key) if prefix == "training." else None
-            advice = hint if hint is not None else f"the nearest is {prefix}{near[0]}"
-            raise UserError(f"{places.get(name, 'config')}: there is no key {name}; {advice}")
+            advice = f"the nearest is {prefix}{near[0]}"
+            if prefix == "training." and key in RENAMED_ARGUMENTS:
+                advice = RENAMED_ARGUMENTS[key]
+            elif prefix == "adapter." and places.get("adapter.type") == COMMAND_LINE != place:
+                advice = "the file is for another adapter.type, give --config one of this type"
+            raise UserError(f"{place}: there is no key {name}; {advice}")
 
 
 def parse_section(cls: type, values: Mapping[str, Any], name: str, places: dict[str, str]) -> Any:

@@ -166,6 +166,14 @@ def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_a_file_for_another_type(tmp_path: Path) -> None:
+    text = "adapter:\n  num_virtual_tokens: 8"
+    with pytest.raises(UserError, match=r"yaml:2: .*the file is for another adapter\.type"):
+        load(tmp_path, text, "adapter.type=lora")
+    with pytest.raises(UserError, match=r"line: there is no key adapter\.rank; the nearest is"):
+        load(tmp_path, "adapter: {r: 8}", "adapter.type=lora", "adapter.rank=4")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"config file must be readable, got .*no\.yaml: No such file"

@@ -14,6 +14,7 @@ MAX_LINES = 450
 LEGS = {"models", "tuners", "data"}
 TOP = {
     "config",
+    "config_file",
     "loading",
     "training",
     "evaluation",
