@@ -95,7 +95,6 @@ CSS = """
   font-variant-numeric: tabular-nums; }
 #run th { font-weight: 500; font-size: 12.5px; color: var(--block-info-text-color); }
 #run tr { border: 0 !important; }
-#run tr { border: 0 !important; }
 #run th, #run td { text-align: right; padding: 6px 4px; border: 0; border-bottom: 1px solid var(--block-border-color); }
 #run tr > :first-child { text-align: left; }
 #run tr:last-child td { border-bottom: 0; }
