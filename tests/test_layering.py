@@ -16,6 +16,7 @@ TOP = {
     "config",
     "config_file",
     "loading",
+    "memory",
     "training",
     "evaluation",
     "serving",

@@ -58,6 +58,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from chatglm_ptuning.config import RunConfig
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.evaluation.metrics import segmenter
+from chatglm_ptuning.memory import peak_resident
 from chatglm_ptuning.models.loading import (
     build_released,
     checkpoint_directory,
@@ -69,7 +70,6 @@ from chatglm_ptuning.models.loading import (
 from chatglm_ptuning.models.quantization import check_bits, is_quantizable
 from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
 from chatglm_ptuning.training.arguments import RunArguments
-from chatglm_ptuning.training.report import peak_resident
 from chatglm_ptuning.training.run import ADAPTER, base_dtype, train_weights, training_settings
 from chatglm_ptuning.tuners import PrefixTuningConfig, PromptTuningConfig, add_adapter
 from chatglm_ptuning.tuners.prompt_encoder import SoftPromptConfig

@@ -1,8 +1,6 @@
 """What a run says at its end: scores of base and tuned model side by side, a few answers, cost, what to do next."""
 
 import os
-import re
-import resource
 import shlex
 import shutil
 import sys
@@ -22,6 +20,7 @@ from chatglm_ptuning.evaluation.report import (
     score_table,
     write_scores,
 )
+from chatglm_ptuning.memory import peak_resident
 from chatglm_ptuning.training.callbacks import duration
 
 SERVED = ("ptuning_v2", "lora", "full")  # adalora and ia3 cannot share a batch with the base
@@ -126,13 +125,3 @@ def peak_memory() -> str:
     if torch.cuda.is_available():
         text += f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     return text
-
-
-def peak_resident() -> int:
-    """The most bytes of main memory this process held at once."""
-    if (
-        status := Path("/proc/self/status")
-    ).exists():  # getrusage counts the parent's, from before exec, as well
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

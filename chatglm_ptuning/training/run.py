@@ -1,6 +1,5 @@
 """One run, from its config to a scored adapter."""
 
-import ctypes
 import os
 import shlex
 import tempfile
@@ -28,6 +27,7 @@ from chatglm_ptuning.evaluation.evaluate import evaluate
 from chatglm_ptuning.evaluation.generation import has_answers
 from chatglm_ptuning.evaluation.predictions import read_predictions
 from chatglm_ptuning.evaluation.report import BASE_PREDICTIONS, PREDICTIONS, read_scored
+from chatglm_ptuning.memory import give_freed_memory_back
 from chatglm_ptuning.models.loading import load_base_model
 from chatglm_ptuning.models.tokenizer_loading import load_tokenizer
 from chatglm_ptuning.training.adalora import AdaLoraSteps
@@ -45,7 +45,6 @@ from chatglm_ptuning.tuners.prefix_init import init_from_text
 
 ADAPTER = "default"
 VALIDATION_PREDICTIONS = "validation_predictions.jsonl"
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def run(config: RunConfig) -> None:
@@ -252,16 +251,6 @@ def two_prompts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[
         Prompt(template.encode_prompt(tokenizer, [Message("user", text)]), text, "", text)
         for text in texts
     ]
-
-
-def give_freed_memory_back() -> None:
-    """Let freed blocks over 1 MiB go back to the system at once, here and in data loaders that are forked.
-
-    glibc keeps those of up to 32 MiB on its heap, between ones in use, and what a layer frees lies there while the next
-    one asks for more: the resident set grows to 1.4 times what a run holds. Other allocators are left as they are.
-    """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def rows_line(split: str, account: DataReport, config: RunConfig) -> str:
