@@ -1,5 +1,6 @@
 """From the words of a command line to an engine: address, base, adapters, chat format."""
 
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,10 +8,14 @@ from pathlib import Path
 from chatglm_ptuning.config import PROJECT
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.loading import base_of, is_adapter, load_model, load_tokenizer, template_of
+from chatglm_ptuning.memory import give_freed_memory_back
+from chatglm_ptuning.models.loading import resolve_device
 from chatglm_ptuning.serving.engine import Engine
 from chatglm_ptuning.serving.limits import Limits
 
 DEMO_MODEL = PROJECT / "demo" / "model"
+# oneDNN compiles half-precision code for every shape of batch and by itself keeps 1,024: hundreds of MB on a CPU
+CACHED_KERNELS = 64
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -118,6 +123,9 @@ def open_engine(
     Raises:
         UserError: A directory or an argument is wrong.
     """
+    if resolve_device(device).type == "cpu":
+        give_freed_memory_back()
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(CACHED_KERNELS))
     base, adapters = find_base(model, adapters if adapters is not None else {})
     tokenizer = load_tokenizer(base)
     chat_format = template_of(tokenizer, template, list(adapters.values()))
