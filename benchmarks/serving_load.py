@@ -2,8 +2,8 @@
 
 The server is a process of its own (`python -m chatglm_ptuning serve`) with the base and random prefixes of several
 lengths. The greedy answer to every (model, prompt) is asked for once, alone; afterwards each client asks for one after
-another without a pause, every other one as a stream, and each answer must be the known one. In bfloat16 the likeliest two
-tokens may change places with the batch, and such answers are counted as mixed up.
+another without a pause, every other one as a stream, and each answer must be the known one. In bfloat16 the likeliest
+two tokens may change places with the batch, and such answers are counted as mixed up.
 
     python benchmarks/serving_load.py --clients 64 --seconds 120 [--dtype bfloat16]
 """
