@@ -110,7 +110,7 @@ def test_the_template_is_asked_for_where_nothing_tells(
     assert train(config, f"model.path={base}") == 1
     assert capsys.readouterr().err == (
         f"error: model.template must be given where the checkpoint does not tell it, got {str(base)!r} which may be any"
-        " of chatglm2, chatglm3; set model.template\n"
+        " of chatglm2, chatglm3; set model.template (--template in chat, serve and data)\n"
     )
     assert train(config, f"model.path={base}", "model.template=chatglm3") == 0
     assert cli.main(["evaluate", str(tmp_path / "out")]) == 0  # knows it from the run
