@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from chatglm_ptuning.serving.answer import Answer
 from chatglm_ptuning.serving.cache import BatchCache, tokens_mask
 from chatglm_ptuning.serving.sampling import choose_tokens
-from chatglm_ptuning.tuners import active_adapters, set_adapter
+from chatglm_ptuning.tuners import PrefixTuningConfig, active_adapters, set_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +32,11 @@ class Batch:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config
         self.model = model
         self.answers: list[Answer] = []
-        heads = getattr(config, "num_key_value_heads", None)
-        head_dim = getattr(config, "head_dim", None)
+        shape: Any = PrefixTuningConfig().fit(model.config)
         self._cache = BatchCache(
-            config.num_hidden_layers,
-            heads if heads is not None else config.num_attention_heads,
-            head_dim if head_dim is not None else config.hidden_size // config.num_attention_heads,
-            model.dtype,
-            model.device,
+            shape.num_layers, shape.num_key_value_heads, shape.head_dim, model.dtype, model.device
         )
         self._positions: list[Tensor] = []  # a row's next token's, [axes, 1]
         self._strides: list[Tensor] = []  # from each token to the next

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from chatglm_ptuning.errors import UserError
 from chatglm_ptuning.serving.answer import Answer
 from chatglm_ptuning.serving.cache import SLACK
+from chatglm_ptuning.tuners import PrefixTuningConfig
 
 
 class BusyError(RuntimeError):
@@ -51,14 +52,7 @@ class Limits:
 
 def fitting_tokens(model: PreTrainedModel) -> int:
     """Tokens whose keys and values take a third of the free memory; the cache is held twice while it grows."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None)
-    heads = heads if heads is not None else config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = (
-        head_dim if head_dim is not None else config.hidden_size // config.num_attention_heads
-    )
-    size = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+    size = PrefixTuningConfig().fit(model.config).kv_size * model.dtype.itemsize
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:

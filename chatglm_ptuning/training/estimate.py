@@ -337,7 +337,8 @@ def activation_bytes(model: PreTrainedModel, batch: Batch, is_checkpointed: bool
     gradient = head.weight.nbytes if is_trained(head) else 0
     loss_work = max(3 * logits, logits + gradient)
     outside = batch.tokens * config.hidden_size * batch.norm_bytes  # the last norm's input
-    outside += 4 * batch.prefix * 2 * len(layers) * kv_heads(config) * head_size(config)
+    shape: Any = PrefixTuningConfig().fit(config)
+    outside += 4 * batch.prefix * 2 * len(layers) * shape.num_key_value_heads * shape.head_dim
     if is_checkpointed:
         inputs = batch.tokens * config.hidden_size * batch.residual_bytes * len(layers)
         return inputs + outside + max(loss_work, max(kept) + layer_work)
@@ -352,13 +353,14 @@ def layer_bytes(layer: nn.Module, config: PreTrainedConfig, batch: Batch) -> int
         config.intermediate_size,
         config.model_type == "chatglm",
     )
-    attended, width = batch.rows * (batch.length + batch.prefix), heads * head_size(config)
+    shape: Any = PrefixTuningConfig().fit(config)
+    attended, width = batch.rows * (batch.length + batch.prefix), heads * shape.head_dim
     kept = 2 * tokens * hidden * batch.norm_bytes
     kept += 2 * (tokens + attended) * width * bytes_ + 4 * tokens * heads
     kept += attended * batch.length * bytes_
     kept += tokens * inner * bytes_ * (1 if is_chatglm else 3)
     noise = 1 if batch.is_on_gpu else bytes_
-    kept += 2 * batch.rows * batch.prefix * kv_heads(config) * head_size(config) * noise
+    kept += 2 * batch.rows * batch.prefix * shape.num_key_value_heads * shape.head_dim * noise
     if is_chatglm and not batch.prefix:
         kept += 2 * tokens * width * bytes_
     if is_trained(layer.input_layernorm):
@@ -394,18 +396,6 @@ def peft_bytes(layer: nn.Module, batch: Batch) -> int:
 def is_trained(module: Any) -> bool:
     """Whether anything in it is."""
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def head_size(config: PreTrainedConfig) -> int:
-    """D, the channels of a head."""
-    own = getattr(config, "head_dim", None)
-    return own if own is not None else config.hidden_size // config.num_attention_heads
-
-
-def kv_heads(config: PreTrainedConfig) -> int:
-    """K, the heads of keys and values."""
-    own = getattr(config, "num_key_value_heads", None)
-    return own if own is not None else config.num_attention_heads
 
 
 def number_of_processes() -> int:

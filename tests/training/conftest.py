@@ -16,6 +16,7 @@ from chatglm_ptuning.models.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training.arguments import make_arguments
 from chatglm_ptuning.training.trainer import AdapterTrainer
+from tests.checkpoints import tiny_model
 
 VOCAB, SOP, EOP, MASK, GMASK, PAD = 64, 60, 61, 62, 63, 3
 
@@ -108,19 +109,7 @@ COLOURS = ["红色", "蓝色", "白色", "黑色", "绿色", "黄色"]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random ChatGLM-6B in a directory, with a tokenizer."""
     directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = ChatGLMConfig(
-        vocab_size=2352,
-        hidden_size=32,
-        num_layers=2,
-        num_attention_heads=4,
-        bos_token_id=2004,
-        eos_token_id=2005,
-        mask_token_id=2000,
-        gmask_token_id=2001,
-        tie_word_embeddings=False,
-    )
-    ChatGLMForConditionalGeneration(config).save_pretrained(directory)
+    tiny_model("chatglm").save_pretrained(directory)
     for file in (GOLDEN / "tokenizer_v1").iterdir():
         shutil.copy(file, directory)
     return directory
